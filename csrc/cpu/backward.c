@@ -1,0 +1,211 @@
+/* cpu/backward.c: the gradients, five products per tile, each computed once (the paper's algorithm 4).
+ *
+ *     P = exp(S - lse)    dV += P^T dO    dP = dO V^T    dS = P (dP - delta)    dK += dS^T Q    dQ += dS K
+ *     delta = rowsum(dO O) - dlse
+ *
+ * An item is one block of keys of a key/value head: it owns dK and dV (so grouped heads need no reduction) and walks
+ * over the row blocks that see it, last first. dQ is summed in fp32 scratch, block after block of keys: an item adds to
+ * a row block only after the item before it has. That order never depends on the threads, so dq is bit-reproducible,
+ * and items run one row block apart, so that all threads can work on one head without repeating a product. */
+#include <math.h>
+#include <string.h>
+
+#include "parallel.h"
+#include "plan.h"
+
+struct scratch {
+    float *k, *k_panels, *v_panels;             /* (N, d), K^T and V^T in panels: of the item */
+    float *dk, *dv;                             /* (N, d) (N, dv) */
+    float *q, *dout;                            /* (M, d) (M, dv): of the row block */
+    float *s, *ds;                              /* (M, N): scores, then P; dP, then dS */
+    float *z, *derivative;                      /* (M, N) with dropout; with softcap */
+};
+
+struct backward {
+    struct cpu_plan plan;
+    float *dq;                                  /* (rows, d_pad) */
+    float *lse2, *delta;                        /* (rows,) */
+    int32_t *added;                             /* (row blocks,) items that have added to dq */
+    char *scratch;
+    int64_t scratch_bytes;
+};
+
+static struct scratch take_scratch(const struct cpu_plan *plan, struct cpu_arena *arena)
+{
+    const int64_t d = 4 * plan->d_pad, dv = 4 * plan->dv_pad, tile = 4 * BLOCK_M * BLOCK_N;
+    const int64_t widest = d > dv ? d : dv;
+    struct scratch t;
+    t.k = fa_cpu_take(arena, BLOCK_N * widest);                 /* V rows pass through it first */
+    t.k_panels = fa_cpu_take(arena, BLOCK_N * d);
+    t.v_panels = fa_cpu_take(arena, BLOCK_N * dv);
+    t.dk = fa_cpu_take(arena, BLOCK_N * d);
+    t.dv = fa_cpu_take(arena, BLOCK_N * dv);
+    t.q = fa_cpu_take(arena, BLOCK_M * widest);                 /* delta's pass loads out here */
+    t.dout = fa_cpu_take(arena, BLOCK_M * dv);
+    t.s = fa_cpu_take(arena, tile);
+    t.ds = fa_cpu_take(arena, tile);
+    t.z = plan->keep256 < 256 ? fa_cpu_take(arena, tile) : NULL;
+    t.derivative = plan->p->softcap > 0 ? fa_cpu_take(arena, tile) : NULL;
+    return t;
+}
+
+static struct backward make_backward(const struct fa_params *p, struct cpu_arena *arena)
+{
+    struct backward job = { .plan = fa_cpu_make_plan(p, arena) };
+    job.dq = fa_cpu_take(arena, 4 * job.plan.total.rows * job.plan.d_pad);
+    job.lse2 = fa_cpu_take(arena, 4 * job.plan.total.rows);
+    job.delta = fa_cpu_take(arena, 4 * job.plan.total.rows);
+    job.added = fa_cpu_take(arena, 4 * job.plan.total.row_blocks);
+    struct cpu_arena one = { NULL, 0 };
+    take_scratch(&job.plan, &one);
+    job.scratch_bytes = one.used;
+    job.scratch = fa_cpu_take(arena, one.used * (p->n_threads > 1 ? p->n_threads : 1));
+    return job;
+}
+
+static struct scratch scratch_of(const struct backward *job, int64_t thread)
+{
+    struct cpu_arena arena = { job->scratch + thread * job->scratch_bytes, 0 };
+    return take_scratch(&job->plan, &arena);
+}
+
+/* The counter of a row block of an item's key/value head. */
+static int32_t *added_to(const struct backward *job, const struct cpu_item *item, int64_t block)
+{
+    const int64_t per_head = (job->plan.group * item->seq.sq + BLOCK_M - 1) / BLOCK_M;
+    return job->added + job->plan.before[item->b].row_blocks + item->kv_head * per_head + block;
+}
+
+static float load_lse(const struct fa_tensor *t, const struct cpu_rows *rows, int64_t r)
+{
+    return ((const float *)t->ptr)[fa_offset(t, rows->b, rows->seq.q0, rows->i[r], rows->head[r])];
+}
+
+/* Phase 1, per row block: delta, and the lse in powers of two. A row without keys gets lse2 = +inf: every P is 0. */
+static void prepare_rows(void *data, int64_t thread, int64_t index)
+{
+    const struct backward *job = data;
+    const struct cpu_plan *plan = &job->plan;
+    const struct fa_params *p = plan->p;
+    const struct scratch t = scratch_of(job, thread);
+    const struct cpu_item item = fa_cpu_row_item(plan, index);
+    const int64_t first = item.first_row + item.block * BLOCK_M;
+    struct cpu_rows rows;
+    fa_cpu_make_rows(plan, &item, item.block, &rows);
+    fa_cpu_load_rows(plan, &rows, &p->out, p->d_v, t.q, plan->dv_pad);
+    fa_cpu_load_rows(plan, &rows, &p->dout, p->d_v, t.dout, plan->dv_pad);
+    for (int64_t r = 0; r < rows.count; r++) {
+        const float lse = load_lse(&p->lse, &rows, r), dlse = p->dlse.ptr ? load_lse(&p->dlse, &rows, r) : 0;
+        const bool empty = isinf(lse);
+        job->lse2[first + r] = empty ? INFINITY : lse * (float)FA_LOG2E;
+        job->delta[first + r] = empty ? 0 : plan->ops->dot(t.q + r * plan->dv_pad, t.dout + r * plan->dv_pad, plan->dv_pad) - dlse;
+    }
+    *added_to(job, &item, item.block) = 0;
+}
+
+/* One tile: rows x the item's keys from column 0 to `count`. */
+static void tile(const struct backward *job, const struct scratch *t, const struct cpu_rows *rows, const struct cpu_item *item,
+                 int64_t block, int64_t count)
+{
+    const struct cpu_plan *plan = &job->plan;
+    const struct fa_cpu_ops *ops = plan->ops;
+    const int64_t j0 = item->block * BLOCK_N, m = rows->count, n = fa_pad(count, FA_CHANNEL_PAD), nr = ops->nr;
+    const int64_t d = plan->d_pad, dv = plan->dv_pad, row = item->first_row + block * BLOCK_M;
+    const struct fa_result s = { t->s, BLOCK_N }, ds = { t->ds, BLOCK_N };
+    fa_cpu_load_rows(plan, rows, &plan->p->q, plan->p->d, t->q, d);
+    fa_cpu_load_rows(plan, rows, &plan->p->dout, plan->p->d_v, t->dout, dv);
+
+    ops->gemm(s, (struct fa_left){ t->q, d, 1 }, (struct fa_right){ t->k_panels, nr, nr * d }, m, n, plan->p->d, false);
+    ops->gemm(ds, (struct fa_left){ t->dout, dv, 1 }, (struct fa_right){ t->v_panels, nr, nr * dv }, m, n, plan->p->d_v, false);
+    fa_cpu_modify_scores(plan, rows, s, j0, n, t->derivative);
+    if (t->z) fa_cpu_dropout_mask(plan, rows, t->z, BLOCK_N, j0, n);
+    ops->softmax_backward(s, ds, m, n, plan->exponent_scale, job->lse2 + row, job->delta + row, t->z, t->derivative);
+
+    const struct fa_left p_t = { t->s, 1, BLOCK_N }, ds_t = { t->ds, 1, BLOCK_N };
+    ops->gemm((struct fa_result){ t->dv, dv }, p_t, (struct fa_right){ t->dout, dv, nr }, count, dv, m, true);
+    ops->gemm((struct fa_result){ t->dk, d }, ds_t, (struct fa_right){ t->q, d, nr }, count, d, m, true);
+
+    const int32_t turn = (int32_t)(item->block - rows->hull.first / BLOCK_N);   /* items that add before this one */
+    int32_t *added = added_to(job, item, block);
+    fa_wait_for(added, turn);
+    ops->gemm((struct fa_result){ job->dq + row * d, d }, (struct fa_left){ t->ds, BLOCK_N, 1 },
+              (struct fa_right){ t->k, d, nr }, m, d, count, turn > 0);
+    fa_advance(added);
+}
+
+static void load_keys(const struct backward *job, const struct scratch *t, const struct cpu_item *item, int64_t count)
+{
+    const struct cpu_plan *plan = &job->plan;
+    const struct fa_params *p = plan->p;
+    const int64_t j0 = item->block * BLOCK_N, size = (int64_t)fa_sizeof(p->dtype);
+    const char *k = (char *)p->k.ptr + size * fa_offset(&p->k, item->b, item->seq.k0, j0, item->kv_head);
+    const char *v = (char *)p->v.ptr + size * fa_offset(&p->v, item->b, item->seq.k0, j0, item->kv_head);
+    plan->ops->load_rows(t->k, plan->dv_pad, v, p->dtype, p->v.stride_s, count, p->d_v);
+    plan->ops->pack_transposed(t->v_panels, t->k, plan->dv_pad, count, p->d_v);
+    plan->ops->load_rows(t->k, plan->d_pad, k, p->dtype, p->k.stride_s, count, p->d);
+    plan->ops->pack_transposed(t->k_panels, t->k, plan->d_pad, count, p->d);
+}
+
+/* Phase 2, per key block. */
+static void differentiate(void *data, int64_t thread, int64_t index)
+{
+    const struct backward *job = data;
+    const struct cpu_plan *plan = &job->plan;
+    const struct fa_params *p = plan->p;
+    const struct scratch t = scratch_of(job, thread);
+    const struct cpu_item item = fa_cpu_key_item(plan, index);
+    const int64_t j0 = item.block * BLOCK_N, left = item.seq.sk - j0, count = left < BLOCK_N ? left : BLOCK_N;
+    load_keys(job, &t, &item, count);
+    memset(t.dk, 0, (size_t)(4 * count * plan->d_pad));
+    memset(t.dv, 0, (size_t)(4 * count * plan->dv_pad));
+
+    for (int64_t block = (plan->group * item.seq.sq + BLOCK_M - 1) / BLOCK_M - 1; block >= 0; block--) {
+        struct cpu_rows rows;
+        fa_cpu_make_rows(plan, &item, block, &rows);
+        if (rows.hull.last <= j0 || rows.hull.first >= j0 + count) continue;
+        const int64_t seen = rows.hull.last - j0;
+        tile(job, &t, &rows, &item, block, seen < count ? seen : count);
+    }
+    const int64_t size = (int64_t)fa_sizeof(p->dtype);
+    for (int64_t j = 0; j < count; j++) {
+        char *dk = (char *)p->dk.ptr + size * fa_offset(&p->dk, item.b, item.seq.k0, j0 + j, item.kv_head);
+        char *dv = (char *)p->dv.ptr + size * fa_offset(&p->dv, item.b, item.seq.k0, j0 + j, item.kv_head);
+        plan->ops->store_row(dk, p->dtype, t.dk + j * plan->d_pad, p->d, (float)p->scale);
+        plan->ops->store_row(dv, p->dtype, t.dv + j * plan->dv_pad, p->d_v, 1);
+    }
+}
+
+/* Phase 3, per row block: dq in its dtype. A block that no item added to sees no key. */
+static void store_dq(void *data, int64_t thread, int64_t index)
+{
+    (void)thread;
+    const struct backward *job = data;
+    const struct cpu_plan *plan = &job->plan;
+    const struct fa_params *p = plan->p;
+    const struct cpu_item item = fa_cpu_row_item(plan, index);
+    float *dq = job->dq + (item.first_row + item.block * BLOCK_M) * plan->d_pad;
+    struct cpu_rows rows;
+    fa_cpu_make_rows(plan, &item, item.block, &rows);
+    if (*added_to(job, &item, item.block) == 0) memset(dq, 0, (size_t)(4 * rows.count * plan->d_pad));
+    for (int64_t r = 0; r < rows.count; r++)
+        plan->ops->store_row(fa_cpu_row_at(plan, &rows, &p->dq, r), p->dtype, dq + r * plan->d_pad, p->d, (float)p->scale);
+}
+
+int64_t fa_cpu_backward_workspace(const struct fa_params *p)
+{
+    struct cpu_arena arena = { NULL, 0 };
+    make_backward(p, &arena);
+    return arena.used;
+}
+
+enum fa_status fa_cpu_backward(const struct fa_params *p, struct fa_error *error)
+{
+    (void)error;
+    struct cpu_arena arena = { p->workspace, 0 };
+    struct backward job = make_backward(p, &arena);
+    fa_parallel(p->n_threads, job.plan.total.row_blocks, prepare_rows, &job);
+    fa_parallel(p->n_threads, job.plan.total.key_blocks, differentiate, &job);
+    fa_parallel(p->n_threads, job.plan.total.row_blocks, store_dq, &job);
+    fa_fill_outside(FA_BACKWARD, p);
+    return FA_OK;
+}

@@ -1,0 +1,39 @@
+/* cpu/ops.c: which micro-kernels this CPU runs: a walk up the levels, capped by FLASH_ATTN_CPU_ISA. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "ops.h"
+
+extern const struct fa_cpu_ops fa_cpu_ops_generic, fa_cpu_ops_avx2, fa_cpu_ops_avx512;
+
+const struct fa_cpu_ops *fa_cpu_ops_at(enum fa_cpu_level level)
+{
+    if (level == FA_CPU_GENERIC) return &fa_cpu_ops_generic;
+#ifdef __x86_64__
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+                             && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (level == FA_CPU_AVX2 && avx2) return &fa_cpu_ops_avx2;
+    if (level == FA_CPU_AVX512 && avx512) return &fa_cpu_ops_avx512;
+#endif
+    return NULL;
+}
+
+/* Read at every call, so that a program can compare levels; an unknown name caps nothing. */
+const struct fa_cpu_ops *fa_cpu_ops(void)
+{
+    const char *cap = getenv("FLASH_ATTN_CPU_ISA");
+    const struct fa_cpu_ops *best = NULL;
+    for (int level = FA_CPU_GENERIC; level < FA_CPU_LEVELS; level++) {
+        const struct fa_cpu_ops *ops = fa_cpu_ops_at((enum fa_cpu_level)level);
+        if (!ops) continue;
+        best = ops;
+        if (cap && strcmp(cap, ops->isa) == 0) break;
+    }
+    return best;
+}
+
+const char *fa_cpu_isa(void)
+{
+    return fa_cpu_ops()->isa;
+}

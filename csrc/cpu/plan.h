@@ -1,0 +1,80 @@
+/* cpu/plan.h: how a call is cut into items, where its scratch lies, and what a block of rows sees.
+ *
+ * The query rows of a group (the heads that share a key/value head) are one run of group * sq rows: row r is position
+ * r % sq of head r / sq. A row block is BLOCK_M such rows, a key block BLOCK_N keys; both depend on the problem alone,
+ * never on the threads, so results are bit-reproducible. */
+#ifndef FA_CPU_PLAN_H
+#define FA_CPU_PLAN_H
+
+#include "ops.h"
+
+#define FA_LOG2E 1.4426950408889634
+#define FA_LN2   0.6931471805599453
+
+enum {
+    BLOCK_M = 96,       /* a multiple of the product's 6 rows; Q, dO and O of a block stay in L1 and L2 */
+    BLOCK_N = 192,      /* three panels of 64; S is 72 KB */
+    KEY_ALIGN = 64,     /* key blocks start at multiples of this: of any panel and of a dropout piece */
+};
+
+struct cpu_sums {
+    int64_t row_blocks, key_blocks;     /* times key/value heads */
+    int64_t rows, keys;                 /* heads * sq; key/value heads * sk padded to panels */
+};
+
+struct cpu_plan {
+    const struct fa_params *p;
+    const struct fa_cpu_ops *ops;
+    int64_t group;                      /* query heads per key/value head */
+    int64_t d_pad, dv_pad;              /* channels of fp32 copies */
+    float exponent_scale;               /* P = exp2(exponent_scale * score - ...) */
+    bool scale_first;                   /* scores are multiplied by `scale` before anything else */
+    uint64_t seed, offset;              /* dropout */
+    int keep256;
+    struct cpu_sums *before;            /* (b,) sums over the sequences before each */
+    struct cpu_sums total;
+};
+
+/* The scratch handed in, cut off from the front. With base = NULL it only counts. */
+struct cpu_arena { char *base; int64_t used; };
+void *fa_cpu_take(struct cpu_arena *arena, int64_t bytes);
+
+struct cpu_plan fa_cpu_make_plan(const struct fa_params *p, struct cpu_arena *arena);
+
+/* One item: block `block` of key/value head `kv_head` of sequence `b`. Blocks come last first: longest first if causal. */
+struct cpu_item { int64_t b, kv_head, block, first_row; struct fa_sequence seq; };
+struct cpu_item fa_cpu_row_item(const struct cpu_plan *plan, int64_t index);
+struct cpu_item fa_cpu_key_item(const struct cpu_plan *plan, int64_t index);
+
+static inline int64_t fa_pad(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+struct cpu_rows {
+    int64_t b, count;
+    struct fa_sequence seq;
+    int64_t head[BLOCK_M], i[BLOCK_M];
+    struct fa_range keys[BLOCK_M];      /* visible to each row */
+    struct fa_range hull;               /* and to any of them */
+};
+void fa_cpu_make_rows(const struct cpu_plan *plan, const struct cpu_item *item, int64_t block, struct cpu_rows *rows);
+
+/* dst (count, ld) fp32 <- these rows of a tensor indexed by query head. */
+void fa_cpu_load_rows(const struct cpu_plan *plan, const struct cpu_rows *rows, const struct fa_tensor *t, int64_t n,
+                      float *dst, int64_t ld);
+static inline void *fa_cpu_row_at(const struct cpu_plan *plan, const struct cpu_rows *rows, const struct fa_tensor *t, int64_t r)
+{
+    return (char *)t->ptr + fa_offset(t, rows->b, rows->seq.q0, rows->i[r], rows->head[r]) * (int64_t)fa_sizeof(plan->p->dtype);
+}
+
+/* Every change of a score between Q K^T and the softmax, in the order of DESIGN's equations: scale, softcap, ALiBi, then
+ * -inf for each key that its row does not see. Columns are keys j0 .. j0 + n. `derivative` (softcap only) is optional. */
+void fa_cpu_modify_scores(const struct cpu_plan *plan, const struct cpu_rows *rows, struct fa_result s,
+                          int64_t j0, int64_t n, float *derivative);
+/* z, laid out as S, <- 0 or 256 / keep256. j0 is a multiple of KEY_ALIGN. */
+void fa_cpu_dropout_mask(const struct cpu_plan *plan, const struct cpu_rows *rows, float *z, int64_t ld, int64_t j0, int64_t n);
+
+int64_t fa_cpu_forward_workspace(const struct fa_params *p);
+int64_t fa_cpu_backward_workspace(const struct fa_params *p);
+enum fa_status fa_cpu_forward(const struct fa_params *p, struct fa_error *error);
+enum fa_status fa_cpu_backward(const struct fa_params *p, struct fa_error *error);
+
+#endif
