@@ -191,11 +191,9 @@ static enum fa_status check_lengths(const struct fa_params *p, int64_t b, struct
     return FA_OK;
 }
 
-static enum fa_status check_sequences(enum fa_pass pass, const struct fa_params *p, struct fa_error *error)
+enum fa_status fa_check_sequences(const struct fa_params *p, struct fa_error *error)
 {
     enum fa_status status = FA_OK;
-    (void)pass;
-    if (p->device != FA_CPU) return FA_OK;
     if (p->cu_q) status = check_offsets('q', p->cu_q, p->b, p->total_q, error);
     if (p->cu_k && !status) status = check_offsets('k', p->cu_k, p->b, p->total_k, error);
     bool own_lengths = p->cu_q || p->cu_k || p->seqused_k;
@@ -203,10 +201,16 @@ static enum fa_status check_sequences(enum fa_pass pass, const struct fa_params 
     return status;
 }
 
+static enum fa_status check_host_sequences(enum fa_pass pass, const struct fa_params *p, struct fa_error *error)
+{
+    (void)pass;
+    return p->device == FA_CPU ? fa_check_sequences(p, error) : FA_OK;
+}
+
 enum fa_status fa_check(enum fa_pass pass, const struct fa_params *p, struct fa_error *error)
 {
     static enum fa_status (*const rules[])(enum fa_pass, const struct fa_params *, struct fa_error *) = {
-        check_kind, check_sizes, check_scalars, check_tensors, check_dmask, check_sequences,
+        check_kind, check_sizes, check_scalars, check_tensors, check_dmask, check_host_sequences,
     };
     enum fa_status status = FA_OK;
     for (size_t n = 0; !status && n < sizeof rules / sizeof *rules; n++) status = rules[n](pass, p, error);

@@ -12,8 +12,13 @@
 static const struct row { enum fa_device device; const struct fa_kernel *kernel; } table[] = {
     { FA_CPU, &fa_kernel_cpu },
     { FA_CPU, &fa_kernel_reference },
+#ifdef FA_WITH_CUDA
+    { FA_CUDA, &fa_kernel_sm80 },
+#endif
 };
 enum { ROWS = sizeof table / sizeof *table };
+
+#define MISSING " none: this build was made without nvcc, or with FLASH_ATTN_CUDA=0"
 
 enum fa_status fa_fail(struct fa_error *error, enum fa_status status, const char *format, ...)
 {
@@ -150,7 +155,10 @@ size_t fa_info(char *text, size_t size)
         length = append(text, size, length, "%s kernels:", device == FA_CPU ? "CPU" : "CUDA");
         for (int n = 0; n < ROWS; n++)
             if (table[n].device == device) length = append(text, size, length, " %s", table[n].kernel->name);
-        length = append(text, size, length, "%s\n", has_kernels_for(device) ? "" : " none in this build");
+        length = append(text, size, length, "%s\n", has_kernels_for(device) ? "" : MISSING);
     }
+#ifdef FA_WITH_CUDA
+    length += fa_cuda_info(text && length < size ? text + length : NULL, length < size ? size - length : 0);
+#endif
     return append(text, size, length, "FLASH_ATTN_KERNEL: %s\n", pinned ? pinned : "not set");
 }

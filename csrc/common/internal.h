@@ -15,6 +15,9 @@ enum fa_status fa_fail(struct fa_error *error, enum fa_status status, const char
 /* check.c: everything a kernel may rely on; the only validation in the core. */
 enum fa_status fa_check(enum fa_pass pass, const struct fa_params *p, struct fa_error *error);
 
+/* Its part about cu_seqlens and seqused_k, which must lie in host memory. */
+enum fa_status fa_check_sequences(const struct fa_params *p, struct fa_error *error);
+
 /* One row of dispatch.c's table. `supports` says why not, in words the user reads, through `why`. */
 struct fa_kernel {
     const char *name;
@@ -25,6 +28,7 @@ struct fa_kernel {
 };
 
 extern const struct fa_kernel fa_kernel_reference, fa_kernel_cpu;
+extern const struct fa_kernel fa_kernel_sm80;       /* with FA_WITH_CUDA */
 
 /* dispatch.c: whether the environment variable FLASH_ATTN_KERNEL asks for this kernel by a prefix of its name. */
 bool fa_is_pinned(const char *name);
@@ -34,6 +38,9 @@ void fa_reference_dmask(const struct fa_params *p);
 
 /* The instruction set that the CPU kernels would use now, e.g. "avx512". */
 const char *fa_cpu_isa(void);
+
+/* CUDA's part of fa_info, with FA_WITH_CUDA: the build, the driver, the devices. */
+size_t fa_cuda_info(char *text, size_t size);
 
 /* One sequence of the batch: its first rows in the tensors and its own lengths. Host memory only. */
 struct fa_sequence { int64_t q0, k0, sq, sk; };

@@ -3,10 +3,11 @@
  *     P = exp(S - lse)    dV += P^T dO    dP = dO V^T    dS = P (dP - delta)    dK += dS^T Q    dQ += dS K
  *     delta = rowsum(dO O) - dlse
  *
- * An item is one block of keys of a key/value head: it owns dK and dV (so grouped heads need no reduction) and walks
- * over the row blocks that see it, last first. dQ is summed in fp32 scratch, block after block of keys: an item adds to
- * a row block only after the item before it has. That order never depends on the threads, so dq is bit-reproducible,
- * and items run one row block apart, so that all threads can work on one head without repeating a product. */
+ * The first items work out delta, a block of rows each. Each of the others is one block of keys of a key/value head: it
+ * owns dK and dV (so grouped heads need no reduction) and walks over the row blocks that see it, last first. dQ is summed
+ * in fp32 scratch, block after block of keys: an item adds to a row block only after the item before it has, and the last
+ * one stores it. That order never depends on the threads, so dq is bit-reproducible, and items run one row block apart,
+ * so that all threads can work on one head without repeating a product. */
 #include <math.h>
 #include <string.h>
 
@@ -26,6 +27,7 @@ struct backward {
     float *dq;                                  /* (rows, d_pad) */
     float *lse2, *delta;                        /* (rows,) */
     int32_t *added;                             /* (row blocks,) items that have added to dq */
+    int32_t *prepared;                          /* (b, hk) row blocks whose delta is ready */
     char *scratch;
     int64_t scratch_bytes;
 };
@@ -56,6 +58,7 @@ static struct backward make_backward(const struct fa_params *p, struct cpu_arena
     job.lse2 = fa_cpu_take(arena, 4 * job.plan.total.rows);
     job.delta = fa_cpu_take(arena, 4 * job.plan.total.rows);
     job.added = fa_cpu_take(arena, 4 * job.plan.total.row_blocks);
+    job.prepared = fa_cpu_take(arena, 4 * p->b * p->hk);
     struct cpu_arena one = { NULL, 0 };
     take_scratch(&job.plan, &one);
     job.scratch_bytes = one.used;
@@ -72,7 +75,7 @@ static struct scratch scratch_of(const struct backward *job, int64_t thread)
 /* The counter of a row block of an item's key/value head. */
 static int32_t *added_to(const struct backward *job, const struct cpu_item *item, int64_t block)
 {
-    const int64_t per_head = (job->plan.group * item->seq.sq + BLOCK_M - 1) / BLOCK_M;
+    const int64_t per_head = fa_blocks(job->plan.group * item->seq.sq, BLOCK_M);
     return job->added + job->plan.before[item->b].row_blocks + item->kv_head * per_head + block;
 }
 
@@ -81,10 +84,18 @@ static float load_lse(const struct fa_tensor *t, const struct cpu_rows *rows, in
     return ((const float *)t->ptr)[fa_offset(t, rows->b, rows->seq.q0, rows->i[r], rows->head[r])];
 }
 
-/* Phase 1, per row block: delta, and the lse in powers of two. A row without keys gets lse2 = +inf: every P is 0. */
-static void prepare_rows(void *data, int64_t thread, int64_t index)
+/* These rows of dq, in its dtype. */
+static void store_dq(const struct backward *job, const struct cpu_rows *rows, const float *dq)
 {
-    const struct backward *job = data;
+    const struct cpu_plan *plan = &job->plan;
+    const struct fa_params *p = plan->p;
+    for (int64_t r = 0; r < rows->count; r++)
+        plan->ops->store_row(fa_cpu_row_at(plan, rows, &p->dq, r), p->dtype, dq + r * plan->d_pad, p->d, (float)p->scale);
+}
+
+/* Delta, and the lse in powers of two. A row without keys gets lse2 = +inf: every P is 0. */
+static void prepare_rows(const struct backward *job, int64_t thread, int64_t index)
+{
     const struct cpu_plan *plan = &job->plan;
     const struct fa_params *p = plan->p;
     const struct scratch t = scratch_of(job, thread);
@@ -101,6 +112,12 @@ static void prepare_rows(void *data, int64_t thread, int64_t index)
         job->delta[first + r] = empty ? 0 : plan->ops->dot(t.q + r * plan->dv_pad, t.dout + r * plan->dv_pad, plan->dv_pad) - dlse;
     }
     *added_to(job, &item, item.block) = 0;
+    if (rows.hull.first >= rows.hull.last) {                    /* no item will come by */
+        float *dq = job->dq + first * plan->d_pad;
+        memset(dq, 0, (size_t)(4 * rows.count * plan->d_pad));
+        store_dq(job, &rows, dq);
+    }
+    fa_advance(&job->prepared[item.b * p->hk + item.kv_head]);
 }
 
 /* One tile: rows x the item's keys from column 0 to `count`. */
@@ -130,7 +147,8 @@ static void tile(const struct backward *job, const struct scratch *t, const stru
     fa_wait_for(added, turn);
     ops->gemm((struct fa_result){ job->dq + row * d, d }, (struct fa_left){ t->ds, BLOCK_N, 1 },
               (struct fa_right){ t->k, d, nr }, m, d, count, turn > 0);
-    fa_advance(added);
+    if (item->block == (rows->hull.last - 1) / BLOCK_N) store_dq(job, rows, job->dq + row * d);
+    else fa_advance(added);
 }
 
 static void load_keys(const struct backward *job, const struct scratch *t, const struct cpu_item *item, int64_t count)
@@ -146,20 +164,20 @@ static void load_keys(const struct backward *job, const struct scratch *t, const
     plan->ops->pack_transposed(t->k_panels, t->k, plan->d_pad, count, p->d);
 }
 
-/* Phase 2, per key block. */
-static void differentiate(void *data, int64_t thread, int64_t index)
+static void differentiate(const struct backward *job, int64_t thread, int64_t index)
 {
-    const struct backward *job = data;
     const struct cpu_plan *plan = &job->plan;
     const struct fa_params *p = plan->p;
     const struct scratch t = scratch_of(job, thread);
     const struct cpu_item item = fa_cpu_key_item(plan, index);
     const int64_t j0 = item.block * BLOCK_N, left = item.seq.sk - j0, count = left < BLOCK_N ? left : BLOCK_N;
+    const int64_t row_blocks = fa_blocks(plan->group * item.seq.sq, BLOCK_M);
     load_keys(job, &t, &item, count);
     memset(t.dk, 0, (size_t)(4 * count * plan->d_pad));
     memset(t.dv, 0, (size_t)(4 * count * plan->dv_pad));
 
-    for (int64_t block = (plan->group * item.seq.sq + BLOCK_M - 1) / BLOCK_M - 1; block >= 0; block--) {
+    fa_wait_for(&job->prepared[item.b * p->hk + item.kv_head], (int32_t)row_blocks);
+    for (int64_t block = row_blocks - 1; block >= 0; block--) {
         struct cpu_rows rows;
         fa_cpu_make_rows(plan, &item, block, &rows);
         if (rows.hull.last <= j0 || rows.hull.first >= j0 + count) continue;
@@ -175,20 +193,12 @@ static void differentiate(void *data, int64_t thread, int64_t index)
     }
 }
 
-/* Phase 3, per row block: dq in its dtype. A block that no item added to sees no key. */
-static void store_dq(void *data, int64_t thread, int64_t index)
+static void work(void *data, int64_t thread, int64_t index)
 {
-    (void)thread;
     const struct backward *job = data;
-    const struct cpu_plan *plan = &job->plan;
-    const struct fa_params *p = plan->p;
-    const struct cpu_item item = fa_cpu_row_item(plan, index);
-    float *dq = job->dq + (item.first_row + item.block * BLOCK_M) * plan->d_pad;
-    struct cpu_rows rows;
-    fa_cpu_make_rows(plan, &item, item.block, &rows);
-    if (*added_to(job, &item, item.block) == 0) memset(dq, 0, (size_t)(4 * rows.count * plan->d_pad));
-    for (int64_t r = 0; r < rows.count; r++)
-        plan->ops->store_row(fa_cpu_row_at(plan, &rows, &p->dq, r), p->dtype, dq + r * plan->d_pad, p->d, (float)p->scale);
+    const int64_t preparations = job->plan.total.row_blocks;
+    if (index < preparations) prepare_rows(job, thread, index);
+    else differentiate(job, thread, index - preparations);
 }
 
 int64_t fa_cpu_backward_workspace(const struct fa_params *p)
@@ -203,9 +213,8 @@ enum fa_status fa_cpu_backward(const struct fa_params *p, struct fa_error *error
     (void)error;
     struct cpu_arena arena = { p->workspace, 0 };
     struct backward job = make_backward(p, &arena);
-    fa_parallel(p->n_threads, job.plan.total.row_blocks, prepare_rows, &job);
-    fa_parallel(p->n_threads, job.plan.total.key_blocks, differentiate, &job);
-    fa_parallel(p->n_threads, job.plan.total.row_blocks, store_dq, &job);
+    memset(job.prepared, 0, (size_t)(4 * p->b * p->hk));
+    fa_parallel(p->n_threads, job.plan.total.row_blocks + job.plan.total.key_blocks, work, &job);
     fa_fill_outside(FA_BACKWARD, p);
     return FA_OK;
 }

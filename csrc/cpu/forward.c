@@ -2,9 +2,9 @@
  *
  *     S = Q K^T    m' = max(m, rowmax S)    P = exp2(scale (S - m'))    l = alpha l + rowsum P    O = alpha O + P V
  *
- * Phase 1 turns every key block into fp32 operands once: K transposed in panels, V in rows; 4 (d + dv) bytes a key and
- * key/value head. Phase 2 gives each thread one block of rows at a time and walks over the keys that block can see. S
- * (72 KB) and O stay in L1 and L2. The products take about 85 % of the time at d = 64, exp2 most of the rest. */
+ * The first items turn every key block into fp32 operands once: K transposed in panels, V in rows; 4 (d + dv) bytes a key
+ * and key/value head. Each of the others is one block of rows, which waits for its head's keys, then walks over those it
+ * can see. S (72 KB) and O stay in L1 and L2. The products take about 85 % of the time at d = 64, exp2 most of the rest. */
 #include <math.h>
 #include <string.h>
 
@@ -16,6 +16,7 @@ struct scratch { float *q, *s, *o, *z; };       /* one thread's: (M, d) (M, N) (
 struct forward {
     struct cpu_plan plan;
     float *k_panels, *v_rows;                   /* (keys, d_pad) in panels, (keys, dv_pad) */
+    int32_t *packed;                            /* (b, hk) key blocks that are ready */
     char *scratch;
     int64_t scratch_bytes;
 };
@@ -26,7 +27,7 @@ static struct scratch take_scratch(const struct cpu_plan *plan, struct cpu_arena
     const int64_t channels = plan->d_pad > plan->dv_pad ? plan->d_pad : plan->dv_pad;
     t.q = fa_cpu_take(arena, 4 * BLOCK_M * plan->d_pad);
     t.s = fa_cpu_take(arena, 4 * BLOCK_M * BLOCK_N);
-    t.o = fa_cpu_take(arena, 4 * BLOCK_N * channels);           /* phase 1 loads K rows here */
+    t.o = fa_cpu_take(arena, 4 * BLOCK_N * channels);           /* pack_keys loads K rows here */
     t.z = plan->keep256 < 256 ? fa_cpu_take(arena, 4 * BLOCK_M * BLOCK_N) : NULL;
     return t;
 }
@@ -36,6 +37,7 @@ static struct forward make_forward(const struct fa_params *p, struct cpu_arena *
     struct forward job = { .plan = fa_cpu_make_plan(p, arena) };
     job.k_panels = fa_cpu_take(arena, 4 * job.plan.total.keys * job.plan.d_pad);
     job.v_rows = fa_cpu_take(arena, 4 * job.plan.total.keys * job.plan.dv_pad);
+    job.packed = fa_cpu_take(arena, 4 * p->b * p->hk);
     struct cpu_arena one = { NULL, 0 };
     take_scratch(&job.plan, &one);
     job.scratch_bytes = one.used;
@@ -55,9 +57,8 @@ static int64_t first_key(const struct cpu_plan *plan, const struct cpu_item *ite
     return plan->before[item->b].keys + item->kv_head * fa_pad(item->seq.sk, plan->ops->nr);
 }
 
-static void pack_keys(void *data, int64_t thread, int64_t index)
+static void pack_keys(const struct forward *job, int64_t thread, int64_t index)
 {
-    const struct forward *job = data;
     const struct cpu_plan *plan = &job->plan;
     const struct fa_params *p = plan->p;
     const struct cpu_item item = fa_cpu_key_item(plan, index);
@@ -69,6 +70,7 @@ static void pack_keys(void *data, int64_t thread, int64_t index)
     plan->ops->load_rows(rows, plan->d_pad, k, p->dtype, p->k.stride_s, count, p->d);
     plan->ops->pack_transposed(job->k_panels + key * plan->d_pad, rows, plan->d_pad, count, p->d);
     plan->ops->load_rows(job->v_rows + key * plan->dv_pad, plan->dv_pad, v, p->dtype, p->v.stride_s, count, p->d_v);
+    fa_advance(&job->packed[item.b * p->hk + item.kv_head]);
 }
 
 static void store_rows(const struct cpu_plan *plan, const struct cpu_rows *rows, const float *o, const float *max, const float *sum)
@@ -82,9 +84,8 @@ static void store_rows(const struct cpu_plan *plan, const struct cpu_rows *rows,
     }
 }
 
-static void attend(void *data, int64_t thread, int64_t index)
+static void attend(const struct forward *job, int64_t thread, int64_t index)
 {
-    const struct forward *job = data;
     const struct cpu_plan *plan = &job->plan;
     const struct fa_cpu_ops *ops = plan->ops;
     const struct scratch t = scratch_of(job, thread);
@@ -98,6 +99,7 @@ static void attend(void *data, int64_t thread, int64_t index)
     float max[BLOCK_M], sum[BLOCK_M] = {0};
     for (int64_t r = 0; r < rows.count; r++) max[r] = -INFINITY;
     memset(t.o, 0, (size_t)(4 * rows.count * plan->dv_pad));
+    fa_wait_for(&job->packed[item.b * plan->p->hk + item.kv_head], (int32_t)fa_blocks(item.seq.sk, BLOCK_N));
 
     for (int64_t j0 = rows.hull.first / KEY_ALIGN * KEY_ALIGN; j0 < rows.hull.last; j0 += BLOCK_N) {
         const int64_t left = rows.hull.last - j0, count = left < BLOCK_N ? left : BLOCK_N;
@@ -116,6 +118,14 @@ static void attend(void *data, int64_t thread, int64_t index)
     store_rows(plan, &rows, t.o, max, sum);
 }
 
+static void work(void *data, int64_t thread, int64_t index)
+{
+    const struct forward *job = data;
+    const int64_t packs = job->plan.total.key_blocks;
+    if (index < packs) pack_keys(job, thread, index);
+    else attend(job, thread, index - packs);
+}
+
 int64_t fa_cpu_forward_workspace(const struct fa_params *p)
 {
     struct cpu_arena arena = { NULL, 0 };
@@ -128,8 +138,8 @@ enum fa_status fa_cpu_forward(const struct fa_params *p, struct fa_error *error)
     (void)error;
     struct cpu_arena arena = { p->workspace, 0 };
     struct forward job = make_forward(p, &arena);
-    fa_parallel(p->n_threads, job.plan.total.key_blocks, pack_keys, &job);
-    fa_parallel(p->n_threads, job.plan.total.row_blocks, attend, &job);
+    memset(job.packed, 0, (size_t)(4 * p->b * p->hk));
+    fa_parallel(p->n_threads, job.plan.total.key_blocks + job.plan.total.row_blocks, work, &job);
     fa_fill_outside(FA_FORWARD, p);
     if (p->s_dmask) fa_reference_dmask(p);
     return FA_OK;

@@ -12,8 +12,6 @@ void *fa_cpu_take(struct cpu_arena *arena, int64_t bytes)
     return start;
 }
 
-static int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
-
 struct cpu_plan fa_cpu_make_plan(const struct fa_params *p, struct cpu_arena *arena)
 {
     const bool natural = p->softcap > 0 || p->alibi || p->scale <= 0;   /* scores pass through natural units */
@@ -32,8 +30,8 @@ struct cpu_plan fa_cpu_make_plan(const struct fa_params *p, struct cpu_arena *ar
     for (int64_t b = 0; b < p->b; b++) {
         const struct fa_sequence seq = fa_sequence_of(p, b);
         if (plan.before) plan.before[b] = plan.total;
-        plan.total.row_blocks += p->hk * blocks(plan.group * seq.sq, BLOCK_M);
-        plan.total.key_blocks += p->hk * blocks(seq.sk, BLOCK_N);
+        plan.total.row_blocks += p->hk * fa_blocks(plan.group * seq.sq, BLOCK_M);
+        plan.total.key_blocks += p->hk * fa_blocks(seq.sk, BLOCK_N);
         plan.total.rows += p->h * seq.sq;
         plan.total.keys += p->hk * fa_pad(seq.sk, plan.ops->nr);
     }
@@ -62,7 +60,7 @@ static struct cpu_item locate(const struct cpu_plan *plan, int64_t index, bool o
 struct cpu_item fa_cpu_row_item(const struct cpu_plan *plan, int64_t index)
 {
     struct cpu_item item = locate(plan, index, false);
-    item.block = blocks(plan->group * item.seq.sq, BLOCK_M) - 1 - item.block;
+    item.block = fa_blocks(plan->group * item.seq.sq, BLOCK_M) - 1 - item.block;
     return item;
 }
 

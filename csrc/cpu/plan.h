@@ -46,7 +46,8 @@ struct cpu_item { int64_t b, kv_head, block, first_row; struct fa_sequence seq; 
 struct cpu_item fa_cpu_row_item(const struct cpu_plan *plan, int64_t index);
 struct cpu_item fa_cpu_key_item(const struct cpu_plan *plan, int64_t index);
 
-static inline int64_t fa_pad(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+static inline int64_t fa_blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
+static inline int64_t fa_pad(int64_t n, int64_t to) { return fa_blocks(n, to) * to; }
 
 struct cpu_rows {
     int64_t b, count;

@@ -1,0 +1,67 @@
+# One command per thing a developer or a first-time user does; each sets up what it needs, once.
+#
+#   make train       a tiny GPT-2 learns this machine's Python library for two minutes, through our kernels
+#   make test        the tests, on the installed package
+#   make bench       CPU benchmark: ours, torch's and standard attention
+#   make checkasm    the C kernels of each instruction set against the reference, without Python
+#   make sanitize    the tests under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make gpu-test    the tests on the GPU; SHARD=2/4 runs a quarter of them, make gpu-report merges the reports
+#   make gpu-sanitize  compute-sanitizer's four tools over every kernel; SHARD as above
+#   make build       environment and package only          make clean    removes all of it
+
+PYTHON  ?= python3
+VENV    := .venv
+BIN     := $(VENV)/bin
+DATA    := data/stdlib
+RUN     := runs/gpt2-tiny
+SOURCES := setup.py pyproject.toml $(shell find csrc flash_attn -name '*.[ch]' -o -name '*.cu*' -o -name '*.py')
+SHARD   := 1/1
+REPORT  = benchmarks/results/$@-$(subst /,-of-,$(SHARD)).json
+
+.PHONY: train test bench checkasm sanitize gpu-test gpu-sanitize gpu-report build clean
+.DELETE_ON_ERROR:
+
+train: $(VENV)/built $(DATA)/meta.json
+	rm -rf $(RUN)
+	$(BIN)/python examples/gpt2/train.py --preset tiny --attention flash --data $(DATA) --out $(RUN) --minutes 2
+
+test: $(VENV)/built
+	$(BIN)/pytest -q tests
+
+bench: $(VENV)/built
+	$(BIN)/python benchmarks/bench_cpu.py
+
+build: $(VENV)/built
+
+checkasm:
+	$(MAKE) -C tests/check
+
+sanitize: $(VENV)/installed
+	FLASH_ATTN_SANITIZE=1 $(BIN)/python setup.py build_ext --inplace --force
+	LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -q tests
+
+# On the installed package, whatever python has it: a wheel made elsewhere serves.
+gpu-test:
+	PYTHONPATH=tests pytest -q -p gpu_report --device cuda --shard $(SHARD) --report $(REPORT) tests
+
+gpu-sanitize:
+	$(PYTHON) tests/sanitize_cuda.py --shard $(SHARD) --report $(REPORT)
+
+gpu-report:
+	$(PYTHON) tests/gpu_report.py gpu-test gpu-test.json
+	$(PYTHON) tests/gpu_report.py gpu-sanitize gpu-sanitize.json
+
+clean:
+	rm -rf $(VENV) build *.egg-info flash_attn/*.so data runs
+
+$(VENV)/installed: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -r requirements-dev.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	$(BIN)/pip install -q --no-deps --force-reinstall .
+	touch $@
+
+$(DATA)/meta.json: examples/data/prepare.py examples/data/vocabulary.py | $(VENV)/installed
+	$(BIN)/python examples/data/prepare.py text --vocab 2048 --out $(DATA)

@@ -1,0 +1,507 @@
+"""The CPU kernels beside torch's scaled_dot_product_attention (SDPA) and attention written out.
+
+    python benchmarks/bench_cpu.py [--isa avx512|avx2] [--quick]
+
+Both sides are held to one instruction set: the script starts itself again with what caps ours, torch, MKL and
+oneDNN in the environment, and refuses to measure if the caps did not take. GFLOP/s count 4 h S^2 d for the
+forward pass, half of it if causal, and 2.5 times that for the backward pass, whatever an implementation
+really computes. Results go to benchmarks/results/cpu-<isa>-<cpu>.json and .png; with --quick, a small grid to
+try the script, to build/.
+"""
+
+import argparse
+import ctypes
+import functools
+import itertools
+import multiprocessing
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+import flash_attn
+import harness
+from flash_attn.info import report
+from harness import Table, geometric_mean, grouped, heading, ratio, round_robin, seconds
+
+CAPS = {
+    "avx512": {"FLASH_ATTN_CPU_ISA": "avx512", "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+               "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},      # neither AMX nor AVX512-BF16 on either side
+    "avx2": {"FLASH_ATTN_CPU_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2",
+             "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HEADS = {512: 8, 1024: 8, 2048: 8, 4096: 4, 8192: 2}      # by sequence length: a call stays within seconds
+QUICK = 512, 2048                                         # the sequence lengths of --quick
+STANDARD_MOST = 4096                                      # longest sequence whose S x S matrix is written out
+
+# What we promise, as ratios to SDPA's speed unless said otherwise.
+BARS = {("forward", "fp32"): 1.15, ("forward", "bf16"): 1.15, ("forward", "fp16"): 1.15,
+        ("backward", "fp32"): 1.2, ("backward", "bf16"): 3.0, ("backward", "fp16"): 3.0}
+BAR_CELL = 0.9
+BAR_HALF_BACKWARD = 0.85                                  # of our own fp32 backward
+BAR_CAUSAL = 0.6                                          # of the time of full attention, from S = 1024 on
+
+
+# -------------------------------------------------------------------------------------------- implementations
+
+
+def ours(q, k, v, causal):
+    return flash_attn.flash_attn_func(q, k, v, causal=causal)
+
+
+def sdpa(q, k, v, causal):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+def standard(q, k, v, causal):
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if causal:
+        scores = scores.masked_fill(_future(q.shape[-2]), -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+@functools.cache
+def _future(s):
+    return torch.ones(s, s, dtype=torch.bool).triu(1)
+
+
+IMPLEMENTATIONS = {"ours": ours, "sdpa": sdpa, "standard": standard}
+
+
+def operands(name, cell):
+    """q, k, v, dout: the same values for all, in each one's layout, (1, s, h, d) or (1, h, s, d)."""
+    generator = torch.Generator().manual_seed(0)
+    shape = 1, cell["h"], cell["s"], cell["d"]
+    tensors = [torch.randn(shape, generator=generator).to(DTYPES[cell["dtype"]]) for _ in range(4)]
+    return [x.transpose(1, 2).contiguous() for x in tensors] if name == "ours" else tensors
+
+
+def forward_call(name, cell):
+    q, k, v, _ = operands(name, cell)
+    return lambda: IMPLEMENTATIONS[name](q, k, v, cell["causal"])
+
+
+def backward_call(name, cell):
+    *inputs, dout = operands(name, cell)
+    for x in inputs:
+        x.requires_grad_()
+    out = IMPLEMENTATIONS[name](*inputs, cell["causal"])
+    return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
+
+
+def training_call(name, cell):
+    *inputs, dout = operands(name, cell)
+    for x in inputs:
+        x.requires_grad_()
+    return lambda: torch.autograd.grad(IMPLEMENTATIONS[name](*inputs, cell["causal"]), inputs, dout)
+
+
+CALLS = {"forward": forward_call, "backward": backward_call}
+
+
+# ------------------------------------------------------------------------------------------------------- caps
+
+
+def start_again_capped(isa):
+    """The libraries read their caps when they are loaded: a process that lacks them starts anew."""
+    if any(os.environ.get(name) != value for name, value in CAPS[isa].items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **CAPS[isa]})
+
+
+def require_caps(isa, rates):
+    """Capped, bf16 has no instructions of its own: SDPA cannot run much faster in it than in fp32."""
+    if f"CPU instruction set: {isa}" not in report():
+        sys.exit(f"bench_cpu.py: flash_attn does not run at {isa} here; see flash_attn.info()")
+    cell = {"s": 512, "h": 8, "d": 64, "causal": False}
+    calls = {dtype: forward_call("sdpa", {**cell, "dtype": dtype}) for dtype in ("fp32", "bf16")}
+    times = round_robin(calls, 0.5)
+    gain = times["fp32"]["min"] / times["bf16"]["min"]
+    if gain > 1.3:
+        sys.exit(f"bench_cpu.py: SDPA is {gain:.2f} times as fast in bf16 as in fp32: the cap did not take")
+    if rates["gemm_fp32"] > 1.05 * rates["fma_peak"]:
+        sys.exit(f"bench_cpu.py: torch's matrix product is faster than {isa} can be: the cap did not take")
+
+
+# -------------------------------------------------------------------------------------------- machine's rates
+
+
+# Twelve independent chains cover the latency of two multiply-add units; the empty asm keeps them apart.
+FMA_LOOP = """
+typedef float vector __attribute__((vector_size(WIDTH)));
+#define TWELVE(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
+#define START(i) vector x##i = {i};
+#define STEP(i)  x##i = x##i * half + one; __asm__("" : "+v"(x##i));
+#define SUM(i)   + x##i[0]
+float fma_loop(long n)
+{
+    vector half = {0}, one = {0};
+    half += 0.5f, one += 1.0f;
+    TWELVE(START)
+    while (n--) { TWELVE(STEP) }
+    return 0 TWELVE(SUM);
+}
+"""
+FMA_FLAGS = {"avx512": (64, ["-mavx512f"]), "avx2": (32, ["-mavx2", "-mfma"])}
+
+
+def fma_peak(isa, threads):
+    """FLOP/s of fp32 multiply-adds in registers: no fp32 kernel can be faster on as many threads."""
+    width, flags = FMA_FLAGS[isa]
+    steps = 10 ** 7
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(threads) as pool:
+        source, library = Path(folder, "fma.c"), Path(folder, "fma.so")
+        source.write_text(FMA_LOOP)
+        compiler = shlex.split(os.environ.get("CC", "cc"))
+        command = [*compiler, "-O3", *flags, f"-DWIDTH={width}", "-shared", "-fPIC", source, "-o", library]
+        subprocess.run(command, check=True)
+        loop = ctypes.CDLL(str(library)).fma_loop           # ctypes lets go of the GIL
+        loop.argtypes, loop.restype = [ctypes.c_long], ctypes.c_float
+        times = round_robin({"fma": lambda: list(pool.map(loop, [steps] * threads))}, 0.5)
+    return threads * steps * 12 * 2 * (width // 4) / times["fma"]["min"]
+
+
+def machine_rates(isa, threads):
+    torch.set_num_threads(threads)
+    return {"threads": threads, "fma_peak": fma_peak(isa, threads),
+            "gemm_fp32": harness.gemm_rate(torch.float32)}
+
+
+# ------------------------------------------------------------------------------------------------------- grid
+
+
+def grid(lengths, thread_counts):
+    """Cells that are compared with each other, causal with full and dtype with dtype, follow each other."""
+    for threads, direction, d, s, causal, dtype in itertools.product(
+            thread_counts, CALLS, (64, 128), lengths, (False, True), DTYPES):
+        yield {"pass": direction, "dtype": dtype, "threads": threads, "d": d, "causal": causal, "s": s,
+               "h": HEADS[s]}
+
+
+def flops(cell):
+    full = 4 * cell["h"] * cell["s"] ** 2 * cell["d"]
+    return full * (0.5 if cell["causal"] else 1) * (2.5 if cell["pass"] == "backward" else 1)
+
+
+def speed(cell, name):
+    """GFLOP/s; None where not measured."""
+    spent = seconds(cell, name)
+    return flops(cell) / spent * 1e-9 if spent else None
+
+
+class Patience:
+    """Foretells a call's time from the cell before it, so that a peer far behind does not hold up the run."""
+
+    def __init__(self):
+        self.rates = {}
+
+    def refusal(self, name, cell):
+        """Why an implementation is left out, or None."""
+        if name == "standard" and cell["s"] > STANDARD_MOST:
+            return f"not run beyond S = {STANDARD_MOST}"
+        expected = self._expected(name, cell)
+        if expected > 3 and expected > 5 * self._expected("ours", cell):
+            return f"a call would take about {expected:.0f} s"
+        return None
+
+    def learn(self, cell):
+        for name in IMPLEMENTATIONS:
+            if seconds(cell, name):
+                self.rates[self._kind(name, cell)] = flops(cell) / seconds(cell, name)
+
+    def _expected(self, name, cell):
+        rate = self.rates.get(self._kind(name, cell))
+        return flops(cell) / rate if rate else 0
+
+    def _kind(self, name, cell):
+        return name, cell["pass"], cell["dtype"], cell["threads"], cell["causal"]
+
+
+def measure_cell(cell, patience, budget):
+    """The cell with its times."""
+    torch.set_num_threads(cell["threads"])
+    refusals = {name: patience.refusal(name, cell) for name in IMPLEMENTATIONS}
+    calls = {name: CALLS[cell["pass"]](name, cell) for name, refusal in refusals.items() if not refusal}
+    if cell["pass"] == "forward" and cell["s"] == min(HEADS):
+        require_agreement(calls)
+    times = round_robin(calls, budget)
+    skipped = {name: {"skipped": refusal} for name, refusal in refusals.items() if refusal}
+    measured = {**cell, "times": {**times, **skipped}}
+    patience.learn(measured)
+    return measured
+
+
+def require_agreement(calls):
+    """All compute the same thing; how exactly is the tests' business."""
+    expected = calls["sdpa"]()
+    torch.testing.assert_close(calls["ours"]().transpose(1, 2), expected, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(calls["standard"](), expected, atol=0.02, rtol=0.02)
+
+
+def measure_grid(cells, budget):
+    heading("GFLOP/s, best of the repeats")
+    table = Table("threads", "    pass", "  d", "   S", "h", "causal", "dtype", " ours", " sdpa", "standard",
+                  "ours/sdpa")
+    patience, measured = Patience(), []
+    for cell in cells:
+        cell = measure_cell(cell, patience, budget)
+        measured.append(cell)
+        rates = [speed(cell, name) for name in IMPLEMENTATIONS]
+        table.row(cell["threads"], cell["pass"], cell["d"], cell["s"], cell["h"],
+                  "causal" if cell["causal"] else "full", cell["dtype"],
+                  *(rate and f"{rate:.1f}" for rate in rates), ratio(cell, "ours", "sdpa"))
+    return measured
+
+
+# ----------------------------------------------------------------------------------------------------- memory
+
+
+def measure_memory(lengths, threads):
+    """Peak memory beyond inputs, outputs and gradients, in MB."""
+    heading(f"Peak scratch in MB, {threads} threads; bar: 8 h S (d + 2) bytes + 32 MB a thread")
+    table = Table("dtype", "    pass", "    S", "h", " d", "  ours", "  sdpa", "   bar")
+    rows = []
+    for dtype, direction, s in itertools.product(("fp32", "bf16"), CALLS, lengths):
+        cell = {"dtype": dtype, "pass": direction, "s": s, "h": 4, "d": 64, "causal": True}
+        scratch = {name: in_fresh_process(peak_scratch, name, cell, threads) for name in ("ours", "sdpa")}
+        bar = 8 * cell["h"] * s * (cell["d"] + 2) * 1e-6 + 32 * threads
+        rows.append({**cell, "threads": threads, **scratch, "bar": bar})
+        table.row(dtype, direction, s, cell["h"], cell["d"], scratch["ours"], scratch["sdpa"], bar)
+    return rows
+
+
+def in_fresh_process(function, *arguments):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def peak_scratch(name, cell, threads):
+    """One call in a process that has done little else: no memory freed earlier may serve it."""
+    torch.set_num_threads(threads)
+    CALLS[cell["pass"]](name, {**cell, "s": 64})()          # loads code and starts threads
+    call = CALLS[cell["pass"]](name, cell)
+    ctypes.CDLL(None).malloc_trim(0)                        # gives back what making the operands left free
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")           # the peak counts from here
+    results = call()
+    results = results if isinstance(results, tuple) else (results,)
+    return (resident("VmHWM") - before - sum(x.nbytes for x in results)) * 1e-6
+
+
+def resident(field):
+    """Bytes of memory that this process holds (VmRSS) or held at its peak (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+# -------------------------------------------------------------------------------------------------- host cost
+
+
+def measure_host_cost():
+    """Microseconds of a call that computes next to nothing: the least that a training step pays a layer."""
+    heading("Host cost of a call with 16 tokens and one head, us, one thread")
+    table = Table("            call", "  ours", "  sdpa", "standard")
+    torch.set_num_threads(1)
+    cell = {"dtype": "fp32", "s": 16, "h": 1, "d": 64, "causal": False}
+    rows = []
+    for title, make in ("forward", forward_call), ("forward+backward", training_call):
+        batches = {name: _hundred(make(name, cell)) for name in IMPLEMENTATIONS}
+        times = round_robin(batches, 0.3)
+        rows.append({"call": title, **{name: times[name]["min"] * 1e4 for name in times}})
+        table.row(title, *(f"{rows[-1][name]:.1f}" for name in times))
+    return rows
+
+
+def _hundred(call):
+    def batch():
+        for _ in range(100):
+            call()
+    return batch
+
+
+# ---------------------------------------------------------------------------------------------------- summary
+
+
+def summarise(cells, rates):
+    """One row per pass, dtype and number of threads."""
+    peaks = {rate["threads"]: rate["fma_peak"] * 1e-9 for rate in rates}
+    rows = []
+    for (direction, dtype, threads), group in grouped(cells, "pass", "dtype", "threads").items():
+        known = [cell for cell in group if ratio(cell, "ours", "sdpa")]
+        worst = min(known, key=lambda cell: ratio(cell, "ours", "sdpa"))
+        gflops = geometric_mean(speed(cell, "ours") for cell in group)
+        rows.append({
+            "pass": direction, "dtype": dtype, "threads": threads, "gflops": gflops,
+            "of_fma_peak": gflops / peaks[threads],
+            "over_sdpa": geometric_mean(ratio(cell, "ours", "sdpa") for cell in known),
+            "bar": BARS[direction, dtype], "measured": len(known), "cells": len(group),
+            "over_standard": geometric_mean(ratio(cell, "ours", "standard") for cell in group),
+            "worst": ratio(worst, "ours", "sdpa"), "worst_cell": name_of(worst),
+            "below": sum(ratio(cell, "ours", "sdpa") < BAR_CELL for cell in known),
+        })
+    return rows
+
+
+def name_of(cell):
+    return f"d {cell['d']}, S {cell['s']}, {'causal' if cell['causal'] else 'full'}"
+
+
+def with_quotients(cells, field, value, base, quotient):
+    """The cells whose `field` is `value`, each with its quotient to its twin, which has `base` there."""
+    identity = ("pass", "dtype", "threads", "d", "causal", "s")
+    index = {tuple(cell[name] for name in identity): cell for cell in cells}
+    twins = ((cell, index[tuple({**cell, field: base}[name] for name in identity)])
+             for cell in cells if cell[field] == value)
+    return [{**cell, "quotient": quotient(cell, twin)} for cell, twin in twins]
+
+
+def half_backward(cells):
+    """Our bf16 and fp16 backward's speed over our fp32 backward's."""
+    backward = [cell for cell in cells if cell["pass"] == "backward"]
+    rows = []
+    for dtype in "bf16", "fp16":
+        pairs = with_quotients(backward, "dtype", dtype, "fp32",
+                               lambda cell, twin: seconds(twin, "ours") / seconds(cell, "ours"))
+        rows += _quotient_rows(pairs, min, "dtype", "threads")
+    return rows
+
+
+def causal_times(cells):
+    """Our time for causal attention over our time for full attention."""
+    pairs = with_quotients(cells, "causal", True, False,
+                           lambda cell, twin: seconds(cell, "ours") / seconds(twin, "ours"))
+    return _quotient_rows(pairs, max, "pass", "s")
+
+
+def _quotient_rows(pairs, worst, *fields):
+    rows = []
+    for values, group in grouped(pairs, *fields).items():
+        quotients = [cell["quotient"] for cell in group]
+        rows.append({**dict(zip(fields, values)), "mean": geometric_mean(quotients),
+                     "worst": worst(quotients)})
+    return rows
+
+
+def print_summary(results):
+    heading("Ours over SDPA, geometric means; peak: of the machine's fp32 multiply-add rate")
+    table = Table("threads", "dtype", "    pass", "GFLOP/s", "of peak", "ours/sdpa", " bar", "  cells",
+                  "ours/standard", "worst", "                   of", "below 0.9")
+    for row in results["summary"]:
+        verdict = "" if row["over_sdpa"] >= row["bar"] else "   misses its bar"
+        table.row(row["threads"], row["dtype"], row["pass"], f"{row['gflops']:.1f}", row["of_fma_peak"],
+                  row["over_sdpa"], row["bar"], f"{row['measured']}/{row['cells']}", row["over_standard"],
+                  row["worst"], row["worst_cell"], f"{row['below']}{verdict}")
+    heading(f"bf16 and fp16 backward over our fp32 backward; bar {BAR_HALF_BACKWARD}")
+    table = Table("threads", "dtype", "mean", "worst")
+    for row in results["half_backward"]:
+        table.row(row["threads"], row["dtype"], row["mean"], row["worst"])
+    heading(f"Time of causal over full attention; bar {BAR_CAUSAL} from S = 1024 on")
+    table = Table("    pass", "   S", "mean", "worst")
+    for row in results["causal_over_full"]:
+        table.row(row["pass"], row["s"], row["mean"], row["worst"])
+
+
+def print_cells_below(cells):
+    below = [cell for cell in cells if (ratio(cell, "ours", "sdpa") or 1) < BAR_CELL]
+    heading(f"Cells below {BAR_CELL}: {len(below) or 'none'}")
+    for cell in sorted(below, key=lambda cell: ratio(cell, "ours", "sdpa")):
+        print(f"  {ratio(cell, 'ours', 'sdpa'):.2f}  {cell['dtype']} {cell['pass']}, {name_of(cell)}, "
+              f"{cell['threads']} threads")
+
+
+# ------------------------------------------------------------------------------------------------------- plot
+
+
+def plot(results, path):
+    """Every cell's ratio to SDPA as a number on a colour: blue is faster, red is slower."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = grouped(results["cells"], "pass", "dtype")
+    figure, axes = pyplot.subplots(len(CALLS), len(DTYPES), figsize=(15, 8), layout="constrained")
+    for row, direction in enumerate(CALLS):
+        for column, dtype in enumerate(DTYPES):
+            draw_panel(axes[row, column], f"{dtype} {direction}", panels[direction, dtype])
+    machine, versions = results["machine"], results["versions"]
+    figure.suptitle(f"flash_attn {versions['flash_attn']}: speed over scaled_dot_product_attention of torch "
+                    f"{versions['torch']}, at {results['isa']}\n"
+                    f"{machine['name']} ({machine['family_model']}), {machine['threads']} threads, "
+                    f"{results['date']}, sources {results['stamp']['cpu']}",
+                    fontsize=11)
+    figure.savefig(path, dpi=110)
+
+
+def draw_panel(axis, title, cells):
+    from matplotlib.colors import LogNorm
+
+    lengths = sorted({cell["s"] for cell in cells})
+    rows = grouped(cells, "threads", "d", "causal")
+    table = [[ratio(cell, "ours", "sdpa") for cell in group] for group in rows.values()]
+    colours = [[value or float("nan") for value in line] for line in table]
+    axis.imshow(colours, cmap="RdBu", norm=LogNorm(1 / 3, 3), aspect="auto")
+    for y, line in enumerate(table):
+        for x, value in enumerate(line):
+            ink = "white" if value and (value > 2.2 or value < 0.45) else "black"
+            label = f"{value:.2f}" if value else "-"
+            axis.text(x, y, label, ha="center", va="center", color=ink, fontsize=9)
+    axis.set_title(f"{title}, geometric mean {geometric_mean(sum(table, [])):.2f}", fontsize=10)
+    axis.set_xticks(range(len(lengths)), [f"S {s}" for s in lengths], fontsize=9)
+    axis.set_yticks(range(len(rows)), [f"{threads} thr, d {d}, {'causal' if causal else 'full'}"
+                                       for threads, d, causal in rows], fontsize=9)
+
+
+# ------------------------------------------------------------------------------------------------------- main
+
+
+def parse_arguments():
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--isa", choices=CAPS, default=capability if capability in CAPS else None,
+                        help="instruction set of both sides (default: the best that torch uses here)")
+    parser.add_argument("--quick", action="store_true", help="a small grid, to try it; results go to build/")
+    arguments = parser.parse_args()
+    if arguments.isa is None:
+        parser.error("this machine has neither AVX-512 nor AVX2: there is nothing to compare like with like")
+    return arguments
+
+
+def measure(isa, quick):
+    results = {**harness.describe(), "isa": isa, "caps": CAPS[isa]}
+    thread_counts = sorted({1, results["machine"]["threads"]})
+    print(f"{results['machine']['name']}, at {isa}, {results['machine']['threads']} threads, "
+          f"torch {torch.__version__}, sources {results['stamp']['cpu']}")
+    results["rates"] = [machine_rates(isa, threads) for threads in thread_counts]
+    for rate in results["rates"]:
+        print(f"{rate['threads']} threads: fp32 multiply-add peak {rate['fma_peak'] * 1e-9:.0f} GFLOP/s, "
+              f"torch's matrix product {rate['gemm_fp32'] * 1e-9:.0f} GFLOP/s")
+    torch.set_num_threads(1)
+    require_caps(isa, results["rates"][0])
+    results["memory"] = measure_memory((4096,) if quick else (4096, 8192, 16384), thread_counts[-1])
+    results["host_us"] = measure_host_cost()
+    cells = measure_grid(grid(QUICK if quick else HEADS, thread_counts), 0.05 if quick else 0.4)
+    return {**results, "summary": summarise(cells, results["rates"]), "half_backward": half_backward(cells),
+            "causal_over_full": causal_times(cells), "cells": cells}
+
+
+def main():
+    arguments = parse_arguments()
+    start_again_capped(arguments.isa)
+    results = measure(arguments.isa, arguments.quick)
+    print_summary(results)
+    print_cells_below(results["cells"])
+    folder = harness.RESULTS.parent.parent / "build" if arguments.quick else harness.RESULTS
+    path = folder / f"cpu-{arguments.isa}-{harness.short_name(results['machine'])}.json"
+    harness.write_json(path, results)
+    plot(results, path.with_suffix(".png"))
+    print(f"\nwrote {path} and {path.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""What all benchmarks share, so that each of them measures, describes and stores in the same way.
+
+Implementations are timed round-robin in one process, A B C A B C ...: what disturbs the machine for a while
+then disturbs them all, and their ratio survives it. A results file is JSON: what ran where (`describe`),
+`cells` with one measured problem each, and whatever else a benchmark adds. A cell holds the fields that
+identify it and `times = {implementation: {"min", "median", "repeats"} in seconds, or {"skipped": reason}}`.
+"""
+
+import datetime
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import flash_attn
+from stamp import stamp
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+REPEATS = 3, 100        # that count, at least and at most
+LONG = 1.0              # s; a longer call needs no warm-up: its first time counts
+FAR_BEHIND = 5.0        # times the fastest; of a long call so far behind, one time is enough
+
+
+# ----------------------------------------------------------------------------------------------------- timing
+
+
+def wall_seconds(call):
+    """Time of a call that is over when it returns, as on a CPU."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+CLOCKS = {"cpu": wall_seconds}          # by device type: a GPU's clock, by events in its stream, belongs here
+
+
+def round_robin(calls, budget, device="cpu"):
+    """Times of functions without arguments, {name: call}; each is repeated for `budget` seconds."""
+    clock = CLOCKS[device]
+    first = {name: clock(call) for name, call in calls.items()}
+    far = max(LONG, FAR_BEHIND * min(first.values()))
+    times = {name: [time] if time > LONG else [] for name, time in first.items()}
+    pending = [name for name in calls if first[name] <= far]
+    while pending:
+        for name in pending:
+            times[name].append(clock(calls[name]))
+        pending = [name for name in pending if not _enough(times[name], budget)]
+    return {name: _summary(each) for name, each in times.items()}
+
+
+def _enough(times, budget):
+    least, most = REPEATS
+    return len(times) >= most or len(times) >= least and sum(times) >= budget
+
+
+def _summary(counted):
+    return {"min": min(counted), "median": statistics.median(counted), "repeats": len(counted)}
+
+
+def gemm_rate(dtype, device="cpu", size=2048):
+    """FLOP/s of torch's own square matrix product: what the machine gives to well-tuned code."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size ** 3 / round_robin({"gemm": lambda: a @ b}, 1.0, device)["gemm"]["min"]
+
+
+# ---------------------------------------------------------------------------------------------------- figures
+
+
+def seconds(cell, name):
+    """The best time of an implementation in a cell; None where it was not measured."""
+    return cell["times"].get(name, {}).get("min")
+
+
+def ratio(cell, ours, peer):
+    """How many times faster `ours` is than `peer`; None where either was not measured."""
+    mine, theirs = seconds(cell, ours), seconds(cell, peer)
+    return theirs / mine if mine and theirs else None
+
+
+def geometric_mean(values):
+    values = [value for value in values if value is not None]
+    return math.exp(statistics.fmean(map(math.log, values))) if values else None
+
+
+def grouped(cells, *fields):
+    """{values of the fields: the cells that have them}, in order of appearance."""
+    groups = {}
+    for cell in cells:
+        groups.setdefault(tuple(cell[field] for field in fields), []).append(cell)
+    return groups
+
+
+# ---------------------------------------------------------------------------------------------------- machine
+
+
+def describe(device="cpu"):
+    """What ran where: the head of every results file."""
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "stamp": stamp(),
+        "machine": MACHINES[device](),
+        "versions": {"flash_attn": flash_attn.__version__, "torch": torch.__version__,
+                     "python": platform.python_version()},
+    }
+
+
+def cpu_machine():
+    facts = cpu_facts()
+    notable = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
+    flags = facts.get("flags", "").split()
+    return {
+        "name": facts.get("model name", platform.processor() or platform.machine()),
+        "family_model": f"{facts.get('cpu family', '?')}-{facts.get('model', '?')}",
+        "isa": [flag for flag in notable if flag in flags],
+        "threads": torch.get_num_threads(),
+    }
+
+
+MACHINES = {"cpu": cpu_machine}         # by device type: a GPU's name, driver and clocks belong here
+
+
+def cpu_facts():
+    """The first processor's entries in /proc/cpuinfo."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    entries = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in entries}
+
+
+def short_name(machine):
+    """A file name for a machine. A virtual one hides its name; its family and model then tell it apart."""
+    name = re.sub(r"\((r|tm)\)|\b(cpu|processor|\d+-core)\b|@.*", " ", machine["name"].lower())
+    if not re.search(r"\d", name):
+        name += " " + machine.get("family_model", "")
+    return "-".join(re.findall(r"[a-z0-9]+", name))
+
+
+# ----------------------------------------------------------------------------------------------------- output
+
+
+def write_json(path, results):
+    """Writes all or nothing. Rows of a list stand on a line each, so that a new run is a readable change."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(_json(results, "") + "\n")
+    os.replace(unfinished, path)
+
+
+def _json(value, indent):
+    inner = indent + "  "
+    if isinstance(value, dict) and indent == "":
+        entries = [f"{inner}{json.dumps(name)}: {_json(entry, inner)}" for name, entry in value.items()]
+        return "{\n" + ",\n".join(entries) + "\n}"
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(inner + json.dumps(_rounded(row)) for row in value) + f"\n{indent}]"
+    return json.dumps(_rounded(value))
+
+
+def _rounded(value):
+    """Five digits are more than any measurement has."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {name: _rounded(entry) for name, entry in value.items()}
+    return [_rounded(entry) for entry in value] if isinstance(value, list) else value
+
+
+class Table:
+    """Aligned columns, printed row by row while the measurement runs. A title is as wide as its column."""
+
+    def __init__(self, *titles):
+        self.titles = titles
+        self._print(titles)
+
+    def row(self, *values):
+        """None is a dash; a number gets two decimals."""
+        self._print(["-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+                     for value in values])
+
+    def _print(self, texts):
+        print("  ".join(text.rjust(len(title)) for text, title in zip(texts, self.titles)), flush=True)
+
+
+def heading(text):
+    print(f"\n{text}", flush=True)

@@ -1,0 +1,103 @@
+"""Writes README.md's measured tables from committed results: it shows no number that none of them holds.
+
+    python benchmarks/readme_table.py [--check] [results.json ...]
+
+Without files it takes all of benchmarks/results/. What stands between the two markers is replaced; --check
+writes nothing and exits with 1 if it would change anything.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from stamp import ROOT, stamp
+
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+NOTHING = "No result is committed yet; `make bench` measures your machine."
+
+
+def table(titles, rows):
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def cpu_section(results, path):
+    machine, stamped = results["machine"], results["stamp"]["cpu"]
+    title = f"**{machine['name']}, {results['isa'].upper()}, torch {results['versions']['torch']}**"
+    source = (f"{results['date']}, sources {stamped}: [every cell]({_link(path)}), "
+              f"[plot]({_link(path.with_suffix('.png'))}).")
+    return "\n\n".join([title, speed_table(results["summary"]), memory_line(results["memory"]),
+                        host_line(results["host_us"]), source])
+
+
+def speed_table(summary):
+    titles = ["", "threads", "GFLOP/s", "of FMA peak", "over SDPA", "worst cell", "over standard"]
+    return table(titles, [_speed_row(row) for row in summary])
+
+
+def _speed_row(row):
+    return [f"{row['dtype']} {row['pass']}", row["threads"], f"{row['gflops']:.0f}",
+            f"{row['of_fma_peak']:.0%}", f"{row['over_sdpa']:.2f}x", f"{row['worst']:.2f}x",
+            f"{row['over_standard']:.1f}x"]
+
+
+def memory_line(memory):
+    """The most that any pass took at the longest sequence."""
+    longest = max(row["s"] for row in memory)
+    rows = [row for row in memory if row["s"] == longest]
+    ours, sdpa = (max(row[name] for row in rows) for name in ("ours", "sdpa"))
+    matrix = 4 * rows[0]["h"] * longest ** 2 * 1e-6
+    return (f"Scratch memory at S = {longest}, {rows[0]['h']} heads, {rows[0]['threads']} threads: at most "
+            f"{ours:.0f} MB (SDPA {sdpa:.0f} MB; one fp32 score matrix would be {matrix:,.0f} MB).")
+
+
+def host_line(host):
+    return "Host cost of a call: " + ", ".join(
+        f"{row['call']} {row['ours']:.0f} µs (SDPA {row['sdpa']:.0f} µs)" for row in host) + "."
+
+
+def _link(path):
+    return path.resolve().relative_to(ROOT).as_posix()
+
+
+SECTIONS = {"cpu": cpu_section}         # by the first word of a results file's name
+
+
+def measured(paths):
+    """The text between the markers."""
+    sections = []
+    for path in paths:
+        results = json.loads(path.read_text())
+        kind = path.name.split("-")[0]
+        if results["stamp"][kind] != stamp()[kind]:
+            print(f"{path.name} was measured on other sources than these", file=sys.stderr)
+        sections.append(SECTIONS[kind](results, path))
+    return "\n\n".join(sections) or NOTHING
+
+
+def replaced(text, content):
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        sys.exit(f"readme_table.py: README.md lacks the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only tell whether README.md is up to date")
+    parser.add_argument("results", nargs="*", type=Path, help="default: all of benchmarks/results/")
+    arguments = parser.parse_args()
+    paths = arguments.results or sorted(path for kind in SECTIONS for path in RESULTS.glob(f"{kind}-*.json"))
+    old = README.read_text()
+    new = replaced(old, measured(paths))
+    if arguments.check:
+        sys.exit("readme_table.py: README.md does not show the committed results" if new != old else 0)
+    README.write_text(new)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+/* cuda/args.h: what a launch hands to a kernel: the call, and what the host worked out of it once. Plain C. */
+#ifndef FA_CUDA_ARGS_H
+#define FA_CUDA_ARGS_H
+
+#include "../flash_attn.h"
+
+/* Compile-time variants, each able to do all before it. Lengths, windows and causal bounds are in every one. */
+enum fa_variant { FA_PLAIN, FA_SCORE_MOD, FA_DROPOUT, FA_VARIANTS };
+
+struct fa_cuda_args {
+    struct fa_params p;
+    int   group;                    /* query heads per key/value head */
+    int   m_tiles, n_tiles;         /* of the longest sequence */
+    int   window_left, window_right;/* negative: unlimited */
+    float scale, softcap;
+    float exponent_scale;           /* P = exp2(exponent_scale * score - ...): score is q.k, or in natural units with a score mod */
+    int   keep256;
+    float kept;                     /* 256 / keep256 */
+    bool  aligned_q, aligned_k, aligned_v, aligned_out, aligned_dout, aligned_dq, aligned_dk, aligned_dv;
+    int   d_bucket;                 /* channels of a row of dq_accum and of partial outputs */
+
+    int   splits;                   /* forward: over the keys */
+    float *partial_out;             /* (splits, rows, d_bucket): normalised */
+    float *partial_lse;             /* (splits, rows): rows = sum over sequences and heads, index (b h) or (h, total) as lse */
+
+    int   padded_rows;              /* backward: rows per head (packed) or per sequence and head, see dq_layout.cuh */
+    float *dq_accum;                /* (padded rows, d_bucket) fp32, in the order of dq_layout.cuh */
+    float *lse2, *delta;            /* (padded rows,); lse in powers of two, +inf where every P is 0, padding included */
+    int   *turns;                   /* (padded rows / 16,), with p.deterministic: key tiles that have added to a row tile's dq */
+};
+
+/* One compiled kernel and the tile it works on; `blocks` of them should share a multiprocessor. */
+struct fa_cuda_kernel { const void *function; int threads, shared_bytes, block_m, block_n, blocks; };
+
+#endif

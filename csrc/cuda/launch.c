@@ -1,0 +1,298 @@
+/* cuda/launch.c: the host side of the kernels for sm_80 and newer: their row of the kernel table.
+ *
+ *     forward     main kernel, over splits of the keys if tiles are few | combine, if split | fill, if packed | dmask
+ *     backward    prepare | main kernel | convert | fill, if packed or seqused_k
+ *
+ * A call becomes a plan: the compiled kernel, its arguments, its pieces of the workspace. The plan is a pure function of
+ * the call, the device and FLASH_ATTN_SMEM_KB, so that results are too. Nothing here waits for the device, reads its memory
+ * or keeps state, so calls can be captured into CUDA graphs; the exception is FLASH_ATTN_DEBUG=1, which checks values. */
+#include <stdlib.h>
+
+#include "../common/philox.h"
+#include "device.h"
+#include "launch.h"
+
+#define LOG2E 1.44269504088896340736
+
+/* Below this, row and key numbers and sums of two of them are exact in 32 bits. */
+#define ROW_LIMIT  ((int64_t)1 << 30)
+#define GRID_LIMIT ((int64_t)INT32_MAX)
+
+enum { LARGEST_HEAD_DIM = 256, SMALLEST_CAPABILITY = 80, SMALLEST_BLOCK = 8, ROW_PAD = 128, ALIGNMENT = 128,
+       MOST_SPLITS = 32, LEAST_TILES_PER_SPLIT = 4, RESERVED_SHARED_BYTES = 1024, DEFAULT_SHARED_BYTES = 48 << 10,
+       FILL_BLOCKS = 1024, MOST_BLOCKS_PER_GAP = 64 };
+
+struct plan {
+    const struct fa_cuda_kernel *kernel;
+    struct fa_cuda_args args;
+    int64_t bytes;                  /* of workspace */
+};
+
+static int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
+static int64_t pad(int64_t n, int64_t to) { return blocks_of(n, to) * to; }
+static int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
+static int64_t most(int64_t x, int64_t y) { return x > y ? x : y; }
+
+/* ---- which kernel ---- */
+
+static const struct bucket { int channels; fa_cuda_find *forward, *backward; } buckets[] = {
+    {  32, fa_sm80_forward_32,  fa_sm80_backward_32 },
+    {  64, fa_sm80_forward_64,  fa_sm80_backward_64 },
+    {  96, fa_sm80_forward_96,  fa_sm80_backward_96 },
+    { 128, fa_sm80_forward_128, fa_sm80_backward_128 },
+    { 192, fa_sm80_forward_192, fa_sm80_backward_192 },
+    { LARGEST_HEAD_DIM, fa_sm80_forward_256, fa_sm80_backward_256 },
+};
+
+static const struct bucket *bucket_of(const struct fa_params *p)
+{
+    const struct bucket *bucket = buckets;
+    while (bucket->channels < most(p->d, p->d_v)) bucket++;
+    return bucket;
+}
+
+static enum fa_variant variant_of(const struct fa_params *p)
+{
+    if (fa_keep256(p->dropout_p) < 256) return FA_DROPOUT;
+    return p->softcap > 0 || p->alibi || p->scale <= 0 ? FA_SCORE_MOD : FA_PLAIN;
+}
+
+/* Shared memory that a block may take: the device's, or less where FLASH_ATTN_SMEM_KB pretends a smaller device. */
+static int shared_limit(const struct fa_cuda_device *device)
+{
+    const char *text = getenv("FLASH_ATTN_SMEM_KB");
+    const int64_t pretended = text ? strtol(text, NULL, 10) : 0;
+    return pretended > 0 ? (int)least(pretended << 10, device->shared_per_block) : device->shared_per_block;
+}
+
+/* The default tile where it fits, else the small one; NULL where neither does. */
+static const struct fa_cuda_kernel *find_kernel(enum fa_pass pass, const struct fa_params *p, const struct fa_cuda_device *device)
+{
+    fa_cuda_find *find = pass == FA_FORWARD ? bucket_of(p)->forward : bucket_of(p)->backward;
+    for (int small = 0; small < 2; small++) {
+        const struct fa_cuda_kernel *kernel = find(p->dtype, variant_of(p), small);
+        if (kernel->shared_bytes <= shared_limit(device)) return kernel;
+    }
+    return NULL;
+}
+
+/* ---- the plan ---- */
+
+static bool is_aligned(const struct fa_params *p, const struct fa_tensor *t)
+{
+    const int64_t chunk = 16 / (int64_t)fa_sizeof(p->dtype);
+    return (uintptr_t)t->ptr % 16 == 0 && t->stride_b % chunk == 0 && t->stride_s % chunk == 0 && t->stride_h % chunk == 0;
+}
+
+static int window_of(int64_t bound) { return bound < 0 || bound >= ROW_LIMIT ? -1 : (int)bound; }
+
+static struct fa_cuda_args arguments_of(const struct fa_params *p)
+{
+    const enum fa_variant variant = variant_of(p);
+    const int keep256 = fa_keep256(p->dropout_p);
+    return (struct fa_cuda_args){
+        .p = *p, .group = (int)(p->h / p->hk),
+        .window_left = window_of(p->window_left), .window_right = window_of(p->window_right),
+        .scale = (float)p->scale, .softcap = (float)p->softcap,
+        .exponent_scale = (float)(variant == FA_PLAIN ? p->scale * LOG2E : LOG2E),
+        .keep256 = keep256, .kept = 256.0f / (float)keep256,
+        .aligned_q = is_aligned(p, &p->q), .aligned_k = is_aligned(p, &p->k), .aligned_v = is_aligned(p, &p->v),
+        .aligned_out = is_aligned(p, &p->out), .aligned_dout = is_aligned(p, &p->dout), .aligned_dq = is_aligned(p, &p->dq),
+        .aligned_dk = is_aligned(p, &p->dk), .aligned_dv = is_aligned(p, &p->dv),
+        .d_bucket = bucket_of(p)->channels, .splits = 1,
+    };
+}
+
+/* The next piece of the workspace; NULL while only its size is wanted. */
+static void *take(struct plan *plan, int64_t bytes)
+{
+    char *base = plan->args.p.workspace, *piece = base ? base + plan->bytes : NULL;
+    plan->bytes += pad(bytes, ALIGNMENT);
+    return piece;
+}
+
+/* How well `splits` of each tile fill whole waves of `slots` blocks. */
+static double wave_efficiency(int64_t tiles, int64_t splits, int64_t slots)
+{
+    return (double)(tiles * splits) / (double)pad(tiles * splits, slots);
+}
+
+/* Few tiles and many keys: several blocks share a tile's keys. The smallest number that fills the device nearly as well as the
+ * best one, with enough keys each to pay for the merge. */
+static int choose_splits(const struct plan *plan, const struct fa_cuda_device *device)
+{
+    const struct fa_cuda_kernel *kernel = plan->kernel;
+    const struct fa_cuda_args *a = &plan->args;
+    const int64_t resident = device->shared_per_multiprocessor / (kernel->shared_bytes + RESERVED_SHARED_BYTES);
+    const int64_t slots = device->multiprocessors * most(1, least(kernel->blocks, resident));
+    const int64_t tiles = a->p.b * a->p.h * a->m_tiles;
+    const bool bounded = a->window_left >= 0 && a->window_right >= 0;
+    const int64_t visible = bounded ? (int64_t)a->window_left + a->window_right + kernel->block_m : a->p.sk;
+    const int64_t key_tiles = least(a->n_tiles, blocks_of(visible, kernel->block_n) + bounded);
+    const int64_t limit = least(MOST_SPLITS, key_tiles / LEAST_TILES_PER_SPLIT);
+    double best = 0;
+    if (tiles == 0 || 10 * tiles >= 8 * slots) return 1;
+    for (int64_t splits = 1; splits <= limit; splits++) {
+        const double efficiency = wave_efficiency(tiles, splits, slots);
+        if (efficiency > best) best = efficiency;
+    }
+    for (int64_t splits = 1; splits <= limit; splits++)
+        if (wave_efficiency(tiles, splits, slots) >= 0.85 * best)
+            return (int)blocks_of(key_tiles, blocks_of(key_tiles, splits));     /* none of them without keys */
+    return 1;
+}
+
+static void plan_forward(struct plan *plan, const struct fa_cuda_device *device)
+{
+    struct fa_cuda_args *a = &plan->args;
+    const int64_t rows = a->p.h * (a->p.cu_q ? a->p.total_q : a->p.b * a->p.sq);
+    a->splits = choose_splits(plan, device);
+    if (a->splits == 1) return;
+    a->partial_out = take(plan, a->splits * rows * a->d_bucket * (int64_t)sizeof(float));
+    a->partial_lse = take(plan, a->splits * rows * (int64_t)sizeof(float));
+}
+
+static void plan_backward(struct plan *plan)
+{
+    struct fa_cuda_args *a = &plan->args;
+    const int64_t padded = a->p.cu_q ? pad(a->p.total_q, ROW_PAD) + ROW_PAD * a->p.b : pad(a->p.sq, ROW_PAD);
+    const int64_t rows = padded * a->p.h * (a->p.cu_q ? 1 : a->p.b);
+    a->padded_rows = (int)padded;
+    a->dq_accum = take(plan, rows * a->d_bucket * (int64_t)sizeof(float));
+    a->lse2 = take(plan, rows * (int64_t)sizeof(float));
+    a->delta = take(plan, rows * (int64_t)sizeof(float));
+    if (a->p.deterministic) a->turns = take(plan, rows / 16 * (int64_t)sizeof(int));
+}
+
+static enum fa_status make_plan(enum fa_pass pass, const struct fa_params *p, struct plan *plan, struct fa_error *error)
+{
+    const struct fa_cuda_device *device = fa_cuda_device(p->device_index, error);
+    if (!device) return FA_FAILED;
+    plan->bytes = 0;
+    plan->args = arguments_of(p);
+    plan->kernel = find_kernel(pass, p, device);
+    plan->args.m_tiles = (int)blocks_of(p->sq, plan->kernel->block_m);
+    plan->args.n_tiles = (int)blocks_of(p->sk, plan->kernel->block_n);
+    if (pass == FA_FORWARD) plan_forward(plan, device);
+    else plan_backward(plan);
+    return FA_OK;
+}
+
+static int64_t workspace(enum fa_pass pass, const struct fa_params *p)
+{
+    struct fa_params sizes = *p;
+    struct fa_error unused;
+    struct plan plan;
+    sizes.workspace = NULL;
+    return make_plan(pass, &sizes, &plan, &unused) ? 0 : plan.bytes;
+}
+
+/* ---- the launches ---- */
+
+/* One kernel in the call's stream; none where there is nothing to do. */
+static enum fa_status launch(const char *name, const struct fa_cuda_kernel *kernel, int64_t blocks, int splits,
+                             const struct fa_cuda_args *args, struct fa_error *error)
+{
+    const struct dim3 grid = { (unsigned)blocks, (unsigned)splits, 1 }, block = { (unsigned)kernel->threads, 1, 1 };
+    void *values[] = { (void *)args };
+    enum fa_status status = FA_OK;
+    if (blocks == 0) return FA_OK;
+    if (kernel->shared_bytes > DEFAULT_SHARED_BYTES)
+        status = fa_cuda_status(cudaFuncSetAttribute(kernel->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                     kernel->shared_bytes), "cudaFuncSetAttribute", error);
+    if (status) return status;
+    return fa_cuda_status(cudaLaunchKernel(kernel->function, grid, block, values, (size_t)kernel->shared_bytes, args->p.stream),
+                          name, error);
+}
+
+/* A helper kernel over `rows` rows of every head. */
+static enum fa_status launch_rows(const char *name, fa_cuda_helper *helper, int64_t rows, const struct fa_cuda_args *args,
+                                  struct fa_error *error)
+{
+    const struct fa_cuda_kernel *kernel = helper(args->p.dtype);
+    return launch(name, kernel, args->p.b * args->p.h * blocks_of(rows, kernel->block_m), 1, args, error);
+}
+
+/* Blocks for the gaps before, between and after the sequences; how long the gaps are only the device knows. */
+static enum fa_status launch_fill(fa_cuda_helper *helper, const struct fa_cuda_args *args, struct fa_error *error)
+{
+    const int64_t gaps = args->p.b + 1, each = most(1, least(MOST_BLOCKS_PER_GAP, FILL_BLOCKS / gaps));
+    return launch("launch of the fill kernel", helper(args->p.dtype), gaps * each, 1, args, error);
+}
+
+static enum fa_status run_forward(const struct plan *plan, struct fa_error *error)
+{
+    const struct fa_cuda_args *a = &plan->args;
+    const int64_t tiles = a->p.b * a->p.h * a->m_tiles;
+    enum fa_status status = launch("launch of the forward kernel", plan->kernel, tiles, a->splits, a, error);
+    if (!status && a->splits > 1) status = launch_rows("launch of the combine kernel", fa_cuda_combine, a->p.sq, a, error);
+    if (!status && a->p.cu_q) status = launch_fill(fa_cuda_fill_forward, a, error);
+    if (!status && a->p.s_dmask) status = launch_rows("launch of the dmask kernel", fa_cuda_dmask, a->p.dmask_sq, a, error);
+    return status;
+}
+
+static enum fa_status run_backward(const struct plan *plan, struct fa_error *error)
+{
+    const struct fa_cuda_args *a = &plan->args;
+    const int64_t tiles = a->p.b * a->p.hk * a->n_tiles;
+    enum fa_status status = launch_rows("launch of the prepare kernel", fa_cuda_prepare, pad(a->p.sq, ROW_PAD), a, error);
+    if (!status) status = launch("launch of the backward kernel", plan->kernel, tiles, 1, a, error);
+    if (!status) status = launch_rows("launch of the convert kernel", fa_cuda_convert, a->p.sq, a, error);
+    if (!status && (a->p.cu_q || a->p.cu_k || a->p.seqused_k)) status = launch_fill(fa_cuda_fill_backward, a, error);
+    return status;
+}
+
+static enum fa_status run(enum fa_pass pass, const struct fa_params *p, struct fa_error *error)
+{
+    struct plan plan;
+    int previous;
+    enum fa_status status = make_plan(pass, p, &plan, error);
+    if (!status) status = fa_cuda_enter(p->device_index, &previous, error);
+    if (status) return status;
+    if (p->debug) status = fa_cuda_check_values(p, error);
+    if (!status) status = pass == FA_FORWARD ? run_forward(&plan, error) : run_backward(&plan, error);
+    fa_cuda_leave(p->device_index, previous);
+    return status;
+}
+
+/* ---- the row of the kernel table ---- */
+
+static enum fa_status check_sizes(const struct fa_params *p, struct fa_error *why)
+{
+    const int64_t queries = p->cu_q ? most(p->sq, p->total_q) : p->sq;
+    const int64_t longest = most(most(p->sq, p->sk), p->s_dmask ? p->dmask_sq : 0);
+    if (p->d > LARGEST_HEAD_DIM || p->d_v > LARGEST_HEAD_DIM)
+        return fa_fail(why, FA_UNSUPPORTED, "serves head dimensions up to %d, got %lld for q and k, %lld for v; pass CPU tensors",
+                       LARGEST_HEAD_DIM, (long long)p->d, (long long)p->d_v);
+    if (queries >= ROW_LIMIT || p->sk >= ROW_LIMIT || p->b >= ROW_LIMIT / ROW_PAD)
+        return fa_fail(why, FA_UNSUPPORTED, "serves fewer than 2^30 queries and keys in fewer than 2^23 sequences, got %lld, "
+                       "%lld and %lld; split the call", (long long)queries, (long long)p->sk, (long long)p->b);
+    if (p->b * p->h > GRID_LIMIT / (blocks_of(longest, SMALLEST_BLOCK) + ROW_PAD))
+        return fa_fail(why, FA_UNSUPPORTED, "serves fewer than 2^31 tiles of %d rows, got batch size %lld x %lld heads x %lld "
+                       "rows; split the batch", SMALLEST_BLOCK, (long long)p->b, (long long)p->h, (long long)longest);
+    return FA_OK;
+}
+
+static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_error *why)
+{
+    const struct fa_cuda_device *device;
+    if (p->dtype != FA_FLOAT16 && p->dtype != FA_BFLOAT16) {
+        fa_fail(why, FA_UNSUPPORTED, "serves float16 and bfloat16; cast q, k and v, or pass CPU tensors");
+        return false;
+    }
+    if (check_sizes(p, why) || !(device = fa_cuda_device(p->device_index, why))) return false;
+    if (device->capability < SMALLEST_CAPABILITY) {
+        fa_fail(why, FA_UNSUPPORTED, "needs a GPU of compute capability 8.0 or more, cuda:%d has %d.%d; pass CPU tensors",
+                (int)p->device_index, device->capability / 10, device->capability % 10);
+        return false;
+    }
+    if (find_kernel(pass, p, device)) return true;
+    fa_fail(why, FA_UNSUPPORTED, "needs more than the %d KB of shared memory that a block may take on cuda:%d "
+            "(FLASH_ATTN_SMEM_KB lowers it); pass CPU tensors", shared_limit(device) >> 10, (int)p->device_index);
+    return false;
+}
+
+static enum fa_status forward(const struct fa_params *p, struct fa_error *error) { return run(FA_FORWARD, p, error); }
+static enum fa_status backward(const struct fa_params *p, struct fa_error *error) { return run(FA_BACKWARD, p, error); }
+
+const struct fa_kernel fa_kernel_sm80 = { "sm80", supports, workspace, forward, backward };

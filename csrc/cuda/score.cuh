@@ -1,0 +1,64 @@
+/* cuda/score.cuh: what happens to a fragment of scores between Q K^T and the softmax, and the dropout mask.
+ *
+ * A piece is 16 rows x 16 columns: fragment elements c[0][0..3], c[1][0..3] of two 8-column accumulators. Lane (g, t) holds rows
+ * g, g + 8 and columns 2t, 2t + 1 of each. With `transposed`, rows are keys and columns queries. */
+#ifndef FA_SCORE_CUH
+#define FA_SCORE_CUH
+
+#include "sequence.cuh"
+#include "../common/philox.h"
+
+/* tanh through exp2: absolute error 1e-7, which tanh.approx (5e-4) would multiply by the cap. */
+FA_DEVICE float tanh_of(float x)
+{
+    return 1.0f - 2.0f * rcp_approx(exp2_approx(x * 2.88539008f) + 1.0f);
+}
+
+/* The score in natural units: scale, softcap, ALiBi. `derivative` <- d score / d (scale q.k). */
+FA_DEVICE float modify_score(const fa_cuda_args &a, float qk, float slope, int distance, float &derivative)
+{
+    float s = qk * a.scale;
+    derivative = 1.0f;
+    if (a.softcap > 0) {
+        const float t = tanh_of(s * rcp_approx(a.softcap));
+        s = t * a.softcap;
+        derivative = 1.0f - t * t;
+    }
+    return s - slope * (float)abs(distance);
+}
+
+FA_DEVICE float alibi_slope(const fa_cuda_args &a, int b, int head)
+{
+    return a.p.alibi ? a.p.alibi[b * a.p.alibi_stride_b + head] : 0.0f;
+}
+
+/* Bytes of common/philox.h for this lane's eight elements of two pieces, by one Philox call a lane: lanes g and g ^ 1 need the
+ * same two calls, make one each and swap halves. bytes[piece]: element (row half, column half, column parity c) is byte
+ * 2 (row half) + (column half) of word c; transposed: rows are keys, and the halves change places. */
+FA_DEVICE void dropout_bytes(uint32_t (&bytes)[2][2], uint64_t seed, uint64_t offset, uint32_t batch_head,
+                             const uint32_t (&piece_i)[2], const uint32_t (&piece_j)[2], int lane, bool transposed)
+{
+    const int g = lane >> 2, t = lane & 3, odd = g & 1;
+    const uint32_t group = transposed ? 4 * t + (g >> 1) : 4 * (g >> 1) + t;
+    const fa_philox mine = fa_philox_call(seed, fa_dropout_counter(
+        offset, batch_head, odd ? piece_i[1] : piece_i[0], odd ? piece_j[1] : piece_j[0], group));
+    /* Words for row parity r: {2r, 2r + 1}; transposed, for key parity r: {r, r + 2}. Keep those of parity `odd`, send the rest. */
+    const int step = transposed ? 2 : 1, stride = transposed ? 1 : 2;
+    const uint32_t low[2]  = { mine.word[0], mine.word[step] };                        /* parity 0 */
+    const uint32_t high[2] = { mine.word[stride], mine.word[stride + step] };          /* parity 1 */
+    #pragma unroll
+    for (int w = 0; w < 2; w++) {
+        const uint32_t keep = odd ? high[w] : low[w], send = odd ? low[w] : high[w];
+        const uint32_t got = __shfl_xor_sync(0xffffffff, send, 4);
+        bytes[0][w] = odd ? got : keep;
+        bytes[1][w] = odd ? keep : got;
+    }
+}
+
+FA_DEVICE bool dropout_keeps(const uint32_t (&bytes)[2], int row_half, int column_half, int parity, int keep256, bool transposed)
+{
+    const int byte = transposed ? 2 * column_half + row_half : 2 * row_half + column_half;
+    return (int)(bytes[parity] >> 8 * byte & 255) < keep256;
+}
+
+#endif

@@ -1,0 +1,383 @@
+/* cuda/sm80/backward.cuh: the gradients with mma.sync; a block owns BLOCK_N keys of one key/value head.
+ *
+ *     S^T = K Q^T    P = exp2(c S - lse2)    dV += P^T dO    dP^T = V dO^T    dS = P (dP - delta)    dK += dS^T Q    dQ += dS K
+ *
+ * The block walks over the query tiles that see its keys, for each query head of the group, last tile first. A warp owns 16 or 32
+ * keys and all BLOCK_M queries: P^T and dS^T come out of the products as the left operands of dV's and dK's, in registers, and
+ * only dS passes through shared memory, for dQ. dK and dV stay in registers to the end, so grouped heads need no second sum. dQ
+ * goes to fp32 scratch: by atomic adds, or in the order of key tiles when dq must be deterministic.
+ * D >= 192: dK and dV do not both fit. ROLES = 2: one half of the warps makes P, dV and dQ, the other dS and dK, for the same keys;
+ * S is computed by both, so the price is one product of six.
+ *     per query tile:   Q, dO of the next tile start loading | S, dP | P, dV | dS to shared memory, dK | barrier | dQ */
+#ifndef FA_SM80_BACKWARD_CUH
+#define FA_SM80_BACKWARD_CUH
+
+#include "../dq_layout.cuh"
+#include "../score.cuh"
+#include "../tile.cuh"
+#include "config.h"
+
+template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct backward {
+    enum : int {
+        WARPS = Tile::WARPS, ROLES = Tile::ROLES, THREADS = 32 * WARPS, KEY_WARPS = WARPS / ROLES,
+        BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, STAGES = Tile::STAGES,
+        KEYS = BLOCK_N / KEY_WARPS, KT = KEYS / 16,                 /* keys of a warp; 16-key pieces of them */
+        NT = BLOCK_M / 8, DT = D / 8, SUMS = 2 / ROLES,             /* SUMS of dV and dK in a warp's registers */
+        DQ_M = BLOCK_M < 32 ? BLOCK_M : 32, DQ_WM = BLOCK_M / DQ_M, DQ_WN = KEY_WARPS / DQ_WM, DQ_DT = DT / DQ_WN, DQ_STEP = DQ_DT > 8 ? 8 : DQ_DT,
+        KV_BYTES = BLOCK_N * D * 2, Q_BYTES = BLOCK_M * D * 2, STAGE_BYTES = 2 * Q_BYTES + 2 * 4 * BLOCK_M,
+        DS_BYTES = BLOCK_N * BLOCK_M * 2, SHARED_BYTES = 2 * KV_BYTES + STAGES * STAGE_BYTES + DS_BYTES,
+    };
+    static_assert(KEYS % 16 == 0 && BLOCK_M % 32 == 0 && DQ_WM * DQ_WN == KEY_WARPS && DQ_DT % 2 == 0, "whole fragments");
+
+    const fa_cuda_args &a;
+    const int lane, key_warp, role, b, kv_head, j0;                 /* j0: first key of the block */
+    const sequence seq;
+    const uint32_t k_tile, v_tile, ds_tile, stages;
+    int m_first, m_last;                                            /* query tiles [first, last) */
+    float sum[SUMS][KT][DT][4];                                     /* dV, dK, or the one of this warp's role */
+
+    __device__ __forceinline__ backward(const fa_cuda_args &args, int batch, int kv, int n, uint32_t shared)
+        : a(args), lane(threadIdx.x & 31), key_warp((threadIdx.x >> 5) % KEY_WARPS), role((threadIdx.x >> 5) / KEY_WARPS),
+          b(batch), kv_head(kv), j0(n * BLOCK_N), seq(sequence_of(args.p, batch)),
+          k_tile(shared), v_tile(shared + KV_BYTES), ds_tile(shared + 2 * KV_BYTES), stages(ds_tile + DS_BYTES)
+    {
+        #pragma unroll
+        for (int x = 0; x < SUMS; x++)
+            #pragma unroll
+            for (int k = 0; k < KT; k++)
+                #pragma unroll
+                for (int j = 0; j < DT; j++)
+                    #pragma unroll
+                    for (int e = 0; e < 4; e++) sum[x][k][j][e] = 0.0f;
+    }
+
+    __device__ __forceinline__ bool makes_dv() const { return ROLES == 1 || role == 0; }
+    __device__ __forceinline__ bool makes_dk() const { return ROLES == 1 || role == 1; }
+
+    __device__ __forceinline__ rows_of keys(const fa_tensor &t, int d, bool aligned) const
+    {
+        return { (const uint16_t *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + j0) * t.stride_s + kv_head * t.stride_h, t.stride_s,
+                 seq.sk - j0, d, aligned };
+    }
+    __device__ __forceinline__ rows_of queries(const fa_tensor &t, int head, int i0, int d, bool aligned) const
+    {
+        return { (const uint16_t *)t.ptr + b * t.stride_b + (int64_t)(seq.q0 + i0) * t.stride_s + head * t.stride_h, t.stride_s,
+                 seq.sq - i0, d, aligned };
+    }
+
+    /* Where a walk over the query tiles of the group's heads is: the last tile of the first head first. */
+    struct position { int head, m; };
+    __device__ __forceinline__ bool done(const position &at) const { return at.head >= (kv_head + 1) * a.group; }
+    __device__ __forceinline__ position next(position at) const
+    {
+        return at.m > m_first ? position{ at.head, at.m - 1 } : position{ at.head + 1, m_last - 1 };
+    }
+
+    __device__ __forceinline__ void load_stage(const position &at, uint32_t stage)
+    {
+        if (!done(at)) {
+            const int i0 = at.m * BLOCK_M;
+            load_tile<BLOCK_M, D, THREADS>(stage, queries(a.p.q, at.head, i0, (int)a.p.d, a.aligned_q));
+            load_tile<BLOCK_M, D, THREADS>(stage + Q_BYTES, queries(a.p.dout, at.head, i0, (int)a.p.d_v, a.aligned_dout));
+            const int64_t row = padded_row(a, seq, b, at.head) + i0;
+            const int thread = threadIdx.x, chunk = thread % (BLOCK_M / 4);
+            if (thread < BLOCK_M / 2)
+                cp_async_16(stage + 2 * Q_BYTES + thread * 16, (thread < BLOCK_M / 4 ? a.lse2 : a.delta) + row + chunk * 4, 16);
+        }
+        cp_async_commit();
+    }
+
+    /* C^T (KEYS, BLOCK_M) = left right^T: left is this warp's rows of a key tile, right a query tile. */
+    __device__ __forceinline__ void product(float (&c)[KT][NT][4], uint32_t left, uint32_t right)
+    {
+        #pragma unroll
+        for (int k = 0; k < KT; k++)
+            #pragma unroll
+            for (int n = 0; n < NT; n++)
+                #pragma unroll
+                for (int e = 0; e < 4; e++) c[k][n][e] = 0.0f;
+        const uint32_t x_at = left + key_warp * KEYS * D * 2 + lane_a<D>(lane), y_at = right + lane_b<D>(lane);
+        #pragma unroll (D > 128 ? 4 : D / 16)           /* more at a time spills */
+        for (int d = 0; d < D / 16; d++) {
+            uint32_t x[KT][4];
+            #pragma unroll
+            for (int k = 0; k < KT; k++) ldmatrix(x[k], step<D>(x_at, d) + k * 16 * D * 2);
+            #pragma unroll
+            for (int n = 0; n < NT; n += 2) {
+                uint32_t y[4];
+                ldmatrix(y, step<D>(y_at, d) + n * 8 * D * 2);
+                #pragma unroll
+                for (int k = 0; k < KT; k++) {
+                    mma<T>(c[k][n], x[k], y[0], y[1]);
+                    mma<T>(c[k][n + 1], x[k], y[2], y[3]);
+                }
+            }
+        }
+    }
+
+    /* out (KEYS, D) += x (KEYS, BLOCK_M) right (BLOCK_M, D), x packed as left operands. */
+    __device__ __forceinline__ void accumulate(float (&out)[KT][DT][4], const uint32_t (&x)[KT][NT / 2][4], uint32_t right)
+    {
+        const uint32_t y_at = right + lane_b_trans<D>(lane);
+        #pragma unroll
+        for (int q = 0; q < NT / 2; q++)
+            #pragma unroll
+            for (int j = 0; j < DT; j += 2) {
+                uint32_t y[4];
+                ldmatrix_trans(y, step<D>(y_at, j / 2) + q * 16 * D * 2);
+                #pragma unroll
+                for (int k = 0; k < KT; k++) {
+                    mma<T>(out[k][j], x[k][q], y[0], y[1]);
+                    mma<T>(out[k][j + 1], x[k][q], y[2], y[3]);
+                }
+            }
+    }
+
+    __device__ __forceinline__ void pack_left(uint32_t (&x)[KT][NT / 2][4], const float (&c)[KT][NT][4])
+    {
+        #pragma unroll
+        for (int k = 0; k < KT; k++)
+            #pragma unroll
+            for (int n = 0; n < NT; n++) {
+                x[k][n / 2][n % 2 * 2] = pack<T>(c[k][n][0], c[k][n][1]);
+                x[k][n / 2][n % 2 * 2 + 1] = pack<T>(c[k][n][2], c[k][n][3]);
+            }
+    }
+
+    /* S^T becomes P^T: packed for dV in `left`, and times the score's derivative in s for dS. */
+    template <bool MASKED> __device__ __forceinline__ void probabilities(float (&s)[KT][NT][4], uint32_t (&left)[KT][NT / 2][4],
+                                                                        int head, int i0, const float *lse2)
+    {
+        const float slope = VARIANT >= FA_SCORE_MOD ? alibi_slope(a, b, head) : 0.0f;
+        #pragma unroll
+        for (int k = 0; k < KT; k++)
+            #pragma unroll
+            for (int n = 0; n < NT; n++)
+                #pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    float p[2];
+                    #pragma unroll
+                    for (int c = 0; c < 2; c++) {
+                        const int row = n * 8 + (lane & 3) * 2 + c, i = i0 + row;
+                        const int j = j0 + key_warp * KEYS + k * 16 + (lane >> 2) + half * 8;
+                        float &x = s[k][n][2 * half + c], derivative = 1.0f;
+                        if (VARIANT >= FA_SCORE_MOD) x = modify_score(a, x, slope, i + seq.sk - seq.sq - j, derivative);
+                        x = exp2_approx(fmaf(x, a.exponent_scale, -lse2[row]));
+                        if (MASKED && (j < first_key(a, seq, i) || j >= last_key(a, seq, i))) x = 0.0f;
+                        p[c] = x;
+                        if (VARIANT >= FA_SCORE_MOD) x *= derivative;
+                    }
+                    left[k][n / 2][n % 2 * 2 + half] = pack<T>(p[0], p[1]);
+                }
+    }
+
+    /* Which elements dropout keeps, one bit each: piece by piece two at a time along the queries. */
+    __device__ __forceinline__ void keep_bits(uint32_t (&bits)[KT][NT / 2], int head, int i0)
+    {
+        const uint32_t batch_head = b * (int)a.p.h + head;
+        #pragma unroll
+        for (int k = 0; k < KT; k++)
+            #pragma unroll
+            for (int q = 0; q < NT / 2; q += 2) {
+                const uint32_t piece_j = (j0 + key_warp * KEYS) / 16 + k;
+                const uint32_t pieces_i[2] = { i0 / 16u + q, i0 / 16u + q + 1 }, pieces_j[2] = { piece_j, piece_j };
+                uint32_t bytes[2][2];
+                dropout_bytes(bytes, a.p.rng[0], a.p.rng[1], batch_head, pieces_i, pieces_j, lane, true);
+                #pragma unroll
+                for (int x = 0; x < 2; x++) {
+                    bits[k][q + x] = 0;
+                    #pragma unroll
+                    for (int e = 0; e < 8; e++)
+                        bits[k][q + x] |= (uint32_t)dropout_keeps(bytes[x], e % 4 / 2, e / 4, e % 2, a.keep256, true) << e;
+                }
+            }
+    }
+
+    __device__ __forceinline__ void store_ds(const uint32_t (&ds)[KT][NT / 2][4])
+    {
+        #pragma unroll
+        for (int k = 0; k < KT; k++)
+            #pragma unroll
+            for (int n = 0; n < NT; n++)
+                #pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int row = key_warp * KEYS + k * 16 + half * 8 + (lane >> 2);
+                    store_shared_4(ds_tile + tile_offset<BLOCK_M>(row, n) + (lane & 3) * 4, ds[k][n / 2][n % 2 * 2 + half]);
+                }
+    }
+
+    /* dQ (BLOCK_M, D) += dS K: this warp's DQ_M queries x 8 DQ_DT channels, 8 DQ_STEP at a time. */
+    __device__ __forceinline__ void add_dq(int head, int m)
+    {
+        const int row0 = key_warp % DQ_WM * DQ_M, column0 = key_warp / DQ_WM * DQ_DT;
+        const int64_t row = padded_row(a, seq, b, head) + m * BLOCK_M + row0;
+        const uint32_t x_at = ds_tile + lane_a_trans<BLOCK_M>(lane), y_at = k_tile + lane_b_trans<D>(lane);
+        #pragma unroll 1
+        for (int column = column0; column < column0 + DQ_DT; column += DQ_STEP) {
+            float dq[DQ_M / 16][DQ_STEP][4] = {};
+            #pragma unroll
+            for (int k = 0; k < BLOCK_N / 16; k++) {
+                uint32_t x[DQ_M / 16][4];
+                #pragma unroll
+                for (int i = 0; i < DQ_M / 16; i++)
+                    ldmatrix_trans(x[i], step<BLOCK_M>(x_at, row0 / 16 + i) + k * 16 * BLOCK_M * 2);
+                #pragma unroll
+                for (int j = 0; j < DQ_STEP; j += 2) {
+                    uint32_t y[4];
+                    ldmatrix_trans(y, step<D>(y_at, (column + j) / 2) + k * 16 * D * 2);
+                    #pragma unroll
+                    for (int i = 0; i < DQ_M / 16; i++) {
+                        mma<T>(dq[i][j], x[i], y[0], y[1]);
+                        mma<T>(dq[i][j + 1], x[i], y[2], y[3]);
+                    }
+                }
+            }
+            #pragma unroll
+            for (int i = 0; i < DQ_M / 16; i++)
+                #pragma unroll
+                for (int j = 0; j < DQ_STEP; j++)
+                    dq_add(a.dq_accum + dq_block(a, row + i * 16, column + j), lane, dq[i][j]);
+        }
+    }
+
+    /* Deterministic dq: key tiles add to a query tile in ascending order. Tiles start in that order too, so the one that is waited
+     * for is running or done. */
+    __device__ __forceinline__ int *turn_of(int head, int m) const
+    {
+        return a.turns + (padded_row(a, seq, b, head) + m * BLOCK_M) / 16;
+    }
+    __device__ __forceinline__ void wait_for_turn(int head, int m) const
+    {
+        if (threadIdx.x == 0) {
+            const int before = (j0 - first_key(a, seq, m * BLOCK_M) / BLOCK_N * BLOCK_N) / BLOCK_N;
+            while (*(volatile int *)turn_of(head, m) != before) __nanosleep(64);
+            __threadfence();
+        }
+        __syncthreads();
+    }
+    __device__ __forceinline__ void pass_turn(int head, int m) const
+    {
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) atomicAdd(turn_of(head, m), 1);
+    }
+
+    /* Bits 2x and 2x + 1 of a piece are the two elements of register x of its left operand. */
+    __device__ __forceinline__ void drop(uint32_t (&left)[KT][NT / 2][4], const uint32_t (&bits)[KT][NT / 2])
+    {
+        #pragma unroll
+        for (int k = 0; k < KT; k++)
+            #pragma unroll
+            for (int x = 0; x < 2 * NT; x++) {
+                const uint32_t two = bits[k][x / 4] >> (x % 4 * 2);
+                left[k][x / 4][x % 4] &= (two & 1 ? 0x0000ffffu : 0) | (two & 2 ? 0xffff0000u : 0);
+            }
+    }
+
+    /* dS = P (Z dP - delta), in dp; s holds P times the score's derivative. */
+    __device__ __forceinline__ void score_gradients(float (&dp)[KT][NT][4], const float (&s)[KT][NT][4],
+                                                    const uint32_t (&bits)[KT][NT / 2], const float *delta)
+    {
+        #pragma unroll
+        for (int k = 0; k < KT; k++)
+            #pragma unroll
+            for (int n = 0; n < NT; n++)
+                #pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    float x = dp[k][n][e];
+                    if (VARIANT == FA_DROPOUT) x = bits[k][n / 2] >> (n % 2 * 4 + e) & 1 ? x * a.kept : 0.0f;
+                    dp[k][n][e] = s[k][n][e] * (x - delta[n * 8 + (lane & 3) * 2 + e % 2]);
+                }
+    }
+
+    template <bool MASKED> __device__ __forceinline__ void gradients(int head, int m, uint32_t stage, const float *lse2, const float *delta)
+    {
+        const uint32_t q_tile = stage, dout_tile = stage + Q_BYTES;
+        float s[KT][NT][4], dp[KT][NT][4];
+        uint32_t bits[KT][NT / 2], left[KT][NT / 2][4];
+        product(s, k_tile, q_tile);
+        if (makes_dk()) product(dp, v_tile, dout_tile);
+        probabilities<MASKED>(s, left, head, m * BLOCK_M, lse2);
+        if (VARIANT == FA_DROPOUT) {
+            keep_bits(bits, head, m * BLOCK_M);
+            if (makes_dv()) drop(left, bits);
+        }
+        if (makes_dv()) accumulate(sum[0], left, dout_tile);
+        if (makes_dk()) {
+            score_gradients(dp, s, bits, delta);
+            pack_left(left, dp);
+            store_ds(left);
+            accumulate(sum[SUMS - 1], left, q_tile);
+        }
+    }
+
+    __device__ __forceinline__ void run(const uint8_t *shared)
+    {
+        load_tile<BLOCK_N, D, THREADS>(k_tile, keys(a.p.k, (int)a.p.d, a.aligned_k));
+        load_tile<BLOCK_N, D, THREADS>(v_tile, keys(a.p.v, (int)a.p.d_v, a.aligned_v));
+        position at = { kv_head * a.group + (m_first < m_last ? 0 : a.group), m_last - 1 }, ahead = at;
+        load_stage(ahead, stages);
+        for (int stage = 0; !done(at); at = ahead, stage ^= STAGES - 1) {
+            const int i0 = at.m * BLOCK_M, i_end = min(i0 + BLOCK_M, seq.sq) - 1;
+            const uint32_t here = stages + stage * STAGE_BYTES;
+            const float *lse2 = (const float *)(shared + (here - k_tile) + 2 * Q_BYTES);
+            cp_async_wait<0>();
+            __syncthreads();                        /* the tile is here for all, and all are done with the one before */
+            ahead = next(at);
+            if (STAGES > 1) load_stage(ahead, stages + (stage ^ 1) * STAGE_BYTES);
+            const bool whole = first_key(a, seq, i_end) <= j0 && last_key(a, seq, i0) >= j0 + BLOCK_N;
+            if (whole) gradients<false>(at.head, at.m, here, lse2, lse2 + BLOCK_M);
+            else gradients<true>(at.head, at.m, here, lse2, lse2 + BLOCK_M);
+            __syncthreads();                        /* dS is here for all, and all are done with Q and dO */
+            if (STAGES == 1) load_stage(ahead, stages);
+            if (a.p.deterministic) wait_for_turn(at.head, at.m);
+            if (makes_dv()) add_dq(at.head, at.m);
+            if (a.p.deterministic) pass_turn(at.head, at.m);
+        }
+        cp_async_wait<0>();
+        __syncthreads();
+    }
+
+    /* dK or dV of this warp's keys, through the rows of `tile` that no other warp touches. Keys in no use get 0. */
+    __device__ __forceinline__ void store(const float (&x)[KT][DT][4], uint32_t tile, float factor, const fa_tensor &t, int d, bool aligned)
+    {
+        const uint32_t own = tile + key_warp * KEYS * D * 2;
+        #pragma unroll
+        for (int k = 0; k < KT; k++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int row = k * 16 + half * 8 + (lane >> 2);
+                const float scale = j0 + key_warp * KEYS + row < seq.sk ? factor : 0.0f;
+                #pragma unroll
+                for (int j = 0; j < DT; j++)
+                    store_shared_4(own + tile_offset<D>(row, j) + (lane & 3) * 4,
+                                   pack<T>(x[k][j][2 * half] * scale, x[k][j][2 * half + 1] * scale));
+            }
+        __syncwarp();
+        const int first = j0 + key_warp * KEYS;
+        uint16_t *to = (uint16_t *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + first) * t.stride_s + kv_head * t.stride_h;
+        store_tile<KEYS, D, 32>(own, lane, to, t.stride_s, seq.k_rows - first, d, aligned);
+    }
+};
+
+/* Key tiles of one head follow each other, ascending: the longest first if causal. */
+template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile>
+__global__ void __launch_bounds__(32 * Tile::WARPS, Tile::BLOCKS) backward_kernel(const __grid_constant__ fa_cuda_args a)
+{
+    extern __shared__ __align__(128) uint8_t shared[];
+    using kernel = backward<T, D, VARIANT, Tile>;
+    const int n = blockIdx.x % a.n_tiles, batch_head = blockIdx.x / a.n_tiles;
+    kernel block(a, batch_head / (int)a.p.hk, batch_head % (int)a.p.hk, n, shared_address(shared));
+    if (block.j0 >= block.seq.k_rows) return;
+    const int j_end = min(block.j0 + kernel::BLOCK_N, block.seq.sk) - 1;
+    const bool used = block.j0 < block.seq.sk;
+    block.m_first = used ? first_query(a, block.seq, block.j0) / kernel::BLOCK_M : 0;
+    block.m_last = used ? (max(last_query(a, block.seq, j_end), 0) + kernel::BLOCK_M - 1) / kernel::BLOCK_M : 0;
+    block.run(shared);
+    if (block.makes_dv())
+        block.store(block.sum[0], block.v_tile, VARIANT == FA_DROPOUT ? a.kept : 1.0f, a.p.dv, (int)a.p.d_v, a.aligned_dv);
+    if (block.makes_dk())
+        block.store(block.sum[kernel::SUMS - 1], block.k_tile, a.scale, a.p.dk, (int)a.p.d, a.aligned_dk);
+}
+
+#endif

@@ -1,0 +1,324 @@
+/* cuda/sm80/forward.cuh: forward attention with mma.sync; a block owns BLOCK_M query rows of one head.
+ *
+ *     S = Q K^T    P = exp2(c S - m)    l = rowsum P    O = P V / l    lse = ln 2 (m + log2 l)        c = scale log2 e
+ *
+ * Each warp owns 16 or 32 of the rows, all keys and all channels: softmax needs no other warp. K and V tiles come by cp.async
+ * through STAGES stages, one barrier a tile. A tile is worked off in pieces of SUB_N keys whose scores are all issued first:
+ *
+ *     S(0) S(1) | softmax(0) O += P(0) V(0) | softmax(1) O += P(1) V(1)
+ *
+ * so the tensor cores work on S(1) while softmax(0) runs, on O while softmax(1) runs, and the registers hold one tile of S.
+ * 32 rows a warp halve the shared-memory reads per product; from D = 192 on O does not leave registers for that.
+ * Tiles that some row does not see whole take a second copy of the loop body with masks. Keys run from last to first. */
+#ifndef FA_SM80_FORWARD_CUH
+#define FA_SM80_FORWARD_CUH
+
+#include "../score.cuh"
+#include "../tile.cuh"
+#include "config.h"
+
+template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct forward {
+    enum : int {
+        WARPS = Tile::WARPS, THREADS = 32 * WARPS, BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, STAGES = Tile::STAGES,
+        ROWS = BLOCK_M / WARPS, MT = ROWS / 16,             /* rows of a warp; 16-row pieces of them */
+        SUB_N = Tile::SUB_N, SUBS = BLOCK_N / SUB_N, NT = SUB_N / 8, DT = D / 8,
+        ROW_BYTES = 2 * D, KV_BYTES = BLOCK_N * ROW_BYTES, Q_BYTES = BLOCK_M * ROW_BYTES,
+        SHARED_BYTES = Q_BYTES + 2 * STAGES * KV_BYTES,
+    };
+    static_assert(BLOCK_M % (16 * WARPS) == 0 && BLOCK_N % SUB_N == 0 && SUB_N % 16 == 0 && D % 32 == 0, "whole fragments");
+
+    const fa_cuda_args &a;
+    const int lane, warp, b, head, kv_head, i0;             /* i0: first query of the block */
+    const sequence seq;
+    const uint32_t q_tile, k_tiles, v_tiles;
+    int n_first, n_last;                                    /* tiles [first, last) */
+
+    float o[MT][DT][4];
+    float row_max[MT][2], row_sum[MT][2];                   /* rows g and g + 8 of each piece; the sum is this lane's share */
+
+    __device__ __forceinline__ forward(const fa_cuda_args &args, int batch, int h, int m, uint32_t shared)
+        : a(args), lane(threadIdx.x & 31), warp(threadIdx.x >> 5), b(batch), head(h), kv_head(h / args.group), i0(m * BLOCK_M),
+          seq(sequence_of(args.p, batch)), q_tile(shared), k_tiles(shared + Q_BYTES), v_tiles(k_tiles + STAGES * KV_BYTES)
+    {
+        #pragma unroll
+        for (int m_ = 0; m_ < MT; m_++) {
+            #pragma unroll
+            for (int half = 0; half < 2; half++) row_max[m_][half] = -INFINITY, row_sum[m_][half] = 0.0f;
+            #pragma unroll
+            for (int j = 0; j < DT; j++)
+                #pragma unroll
+                for (int e = 0; e < 4; e++) o[m_][j][e] = 0.0f;
+        }
+    }
+
+    /* Keys from tile n on. Worked out afresh for every tile: pointers kept over the loop would spill. */
+    __device__ __forceinline__ rows_of keys(const fa_tensor &t, int n, int d, bool aligned) const
+    {
+        return { (const uint16_t *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + n * BLOCK_N) * t.stride_s + kv_head * t.stride_h, t.stride_s,
+                 seq.sk - n * BLOCK_N, d, aligned };
+    }
+    __device__ __forceinline__ void load_stage(int n)
+    {
+        if (n >= n_first) {
+            const int stage = n % STAGES;
+            load_tile<BLOCK_N, D, THREADS>(k_tiles + stage * KV_BYTES, keys(a.p.k, n, (int)a.p.d, a.aligned_k));
+            load_tile<BLOCK_N, D, THREADS>(v_tiles + stage * KV_BYTES, keys(a.p.v, n, (int)a.p.d_v, a.aligned_v));
+        }
+        cp_async_commit();
+    }
+
+    /* S (ROWS, SUB_N) = Q K^T, keys from row `key` of the tile. */
+    __device__ __forceinline__ void scores(float (&s)[MT][NT][4], uint32_t k_tile, int key)
+    {
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int n = 0; n < NT; n++)
+                #pragma unroll
+                for (int e = 0; e < 4; e++) s[m][n][e] = 0.0f;
+        const uint32_t q_at = q_tile + warp * ROWS * ROW_BYTES + lane_a<D>(lane);
+        const uint32_t k_at = k_tile + key * ROW_BYTES + lane_b<D>(lane);
+        #pragma unroll
+        for (int k = 0; k < D / 16; k++) {
+            uint32_t q[MT][4];
+            #pragma unroll
+            for (int m = 0; m < MT; m++) ldmatrix(q[m], step<D>(q_at, k) + m * 16 * ROW_BYTES);
+            #pragma unroll
+            for (int n = 0; n < NT; n += 2) {
+                uint32_t keys[4];
+                ldmatrix(keys, step<D>(k_at, k) + n * 8 * ROW_BYTES);
+                #pragma unroll
+                for (int m = 0; m < MT; m++) {
+                    mma<T>(s[m][n], q[m], keys[0], keys[1]);
+                    mma<T>(s[m][n + 1], q[m], keys[2], keys[3]);
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ int query(int m, int half) const { return i0 + warp * ROWS + m * 16 + half * 8 + (lane >> 2); }
+
+    /* Score mods, then -inf where row and column do not see each other. j0: key of column 0. */
+    template <bool MASKED> __device__ __forceinline__ void modify(float (&s)[MT][NT][4], int j0)
+    {
+        const float slope = VARIANT >= FA_SCORE_MOD ? alibi_slope(a, b, head) : 0.0f;
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int i = query(m, half), diagonal = i + seq.sk - seq.sq;
+                const int first = MASKED ? first_key(a, seq, i) : 0, last = MASKED ? last_key(a, seq, i) : 0;
+                #pragma unroll
+                for (int n = 0; n < NT; n++)
+                    #pragma unroll
+                    for (int c = 0; c < 2; c++) {
+                        const int j = j0 + n * 8 + (lane & 3) * 2 + c;
+                        float &x = s[m][n][2 * half + c], unused;
+                        if (VARIANT >= FA_SCORE_MOD) x = modify_score(a, x, slope, diagonal - j, unused);
+                        if (MASKED && (j < first || j >= last)) x = -INFINITY;
+                    }
+            }
+    }
+
+    /* S becomes P; max, sum and O follow. O is rescaled only where some row of the warp has a new maximum. */
+    __device__ __forceinline__ void softmax(float (&s)[MT][NT][4])
+    {
+        const float c = a.exponent_scale;
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float top = row_max[m][half];
+                #pragma unroll
+                for (int n = 0; n < NT; n++) top = fmaxf(top, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+                top = quad_max(top);
+                const float shift = top == -INFINITY ? 0.0f : top * c;              /* no visible key yet: every P is 0 */
+                if (__any_sync(0xffffffff, top > row_max[m][half])) {
+                    const float alpha = exp2_approx(row_max[m][half] * c - shift);  /* 0 for the first keys */
+                    row_sum[m][half] *= alpha;
+                    #pragma unroll
+                    for (int j = 0; j < DT; j++) o[m][j][2 * half] *= alpha, o[m][j][2 * half + 1] *= alpha;
+                }
+                row_max[m][half] = top;
+                float sum = 0.0f;
+                #pragma unroll
+                for (int n = 0; n < NT; n++)
+                    #pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        float &x = s[m][n][2 * half + e];
+                        x = exp2_approx(fmaf(x, c, -shift));
+                        sum += x;
+                    }
+                row_sum[m][half] += sum;
+            }
+    }
+
+    /* Zeroes what dropout drops, two pieces at a time. The sum above does not see it. */
+    __device__ __forceinline__ void drop(float (&s)[MT][NT][4], int j0)
+    {
+        const uint64_t seed = a.p.rng[0], offset = a.p.rng[1];
+        const uint32_t batch_head = b * (int)a.p.h + head, first_i = (i0 + warp * ROWS) / 16, first_j = j0 / 16;
+        constexpr int PIECES = MT * NT / 2;
+        #pragma unroll
+        for (int at = 0; at < PIECES; at += 2) {
+            uint32_t bytes[2][2], piece_i[2], piece_j[2];
+            #pragma unroll
+            for (int x = 0; x < 2; x++) piece_i[x] = first_i + (at + x) % MT, piece_j[x] = first_j + (at + x) / MT;
+            dropout_bytes(bytes, seed, offset, batch_head, piece_i, piece_j, lane, false);
+            #pragma unroll
+            for (int x = 0; x < 2; x++)
+                #pragma unroll
+                for (int column = 0; column < 2; column++)
+                    #pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (!dropout_keeps(bytes[x], e / 2, column, e % 2, a.keep256, false))
+                            s[(at + x) % MT][(at + x) / MT * 2 + column][e] = 0.0f;
+        }
+    }
+
+    /* O += P V, keys from row `key` of the tile. */
+    __device__ __forceinline__ void accumulate(const float (&s)[MT][NT][4], uint32_t v_tile, int key)
+    {
+        const uint32_t v_at = v_tile + key * ROW_BYTES + lane_b_trans<D>(lane);
+        #pragma unroll
+        for (int k = 0; k < SUB_N / 16; k++) {
+            uint32_t p[MT][4];
+            #pragma unroll
+            for (int m = 0; m < MT; m++) {
+                p[m][0] = pack<T>(s[m][2 * k][0], s[m][2 * k][1]);
+                p[m][1] = pack<T>(s[m][2 * k][2], s[m][2 * k][3]);
+                p[m][2] = pack<T>(s[m][2 * k + 1][0], s[m][2 * k + 1][1]);
+                p[m][3] = pack<T>(s[m][2 * k + 1][2], s[m][2 * k + 1][3]);
+            }
+            #pragma unroll
+            for (int j = 0; j < DT; j += 2) {
+                uint32_t v[4];
+                ldmatrix_trans(v, step<D>(v_at, j / 2) + k * 16 * ROW_BYTES);
+                #pragma unroll
+                for (int m = 0; m < MT; m++) {
+                    mma<T>(o[m][j], p[m], v[0], v[1]);
+                    mma<T>(o[m][j + 1], p[m], v[2], v[3]);
+                }
+            }
+        }
+    }
+
+    template <bool MASKED> __device__ __forceinline__ void tile(int n)
+    {
+        const uint32_t k_tile = k_tiles + n % STAGES * KV_BYTES, v_tile = v_tiles + n % STAGES * KV_BYTES;
+        cp_async_wait<STAGES - 2>();
+        __syncthreads();                            /* tile n is here for all, and all are done with tile n + 1 */
+        load_stage(n - (STAGES - 1));
+        float s[SUBS][MT][NT][4];
+        #pragma unroll
+        for (int sub = 0; sub < SUBS; sub++) scores(s[sub], k_tile, sub * SUB_N);
+        #pragma unroll
+        for (int sub = 0; sub < SUBS; sub++) {
+            const int j0 = n * BLOCK_N + sub * SUB_N;
+            if (MASKED || VARIANT >= FA_SCORE_MOD) modify<MASKED>(s[sub], j0);
+            softmax(s[sub]);
+            if (VARIANT == FA_DROPOUT) drop(s[sub], j0);
+            accumulate(s[sub], v_tile, sub * SUB_N);
+        }
+    }
+
+    /* Tiles from `n_last - 1` down to `n_first`; those in [whole_first, whole_last) every row of the block sees whole. */
+    __device__ __forceinline__ void run()
+    {
+        const int i_end = min(i0 + BLOCK_M, seq.sq) - 1;
+        const int whole_first = (first_key(a, seq, i_end) + BLOCK_N - 1) / BLOCK_N, whole_last = max(last_key(a, seq, i0), 0) / BLOCK_N;
+        load_tile<BLOCK_M, D, THREADS>(q_tile, query_rows());
+        #pragma unroll
+        for (int s = 1; s < STAGES; s++) load_stage(n_last - s);
+        int n = n_last - 1;
+        while (n >= n_first) {
+            for (; n >= n_first && (n >= whole_last || n < whole_first); n--) tile<true>(n);
+            for (; n >= n_first && n >= whole_first; n--) tile<false>(n);
+        }
+        cp_async_wait<0>();
+    }
+
+    __device__ __forceinline__ rows_of query_rows() const
+    {
+        const fa_params &p = a.p;
+        return { (const uint16_t *)p.q.ptr + b * p.q.stride_b + (int64_t)(seq.q0 + i0) * p.q.stride_s + head * p.q.stride_h, p.q.stride_s,
+                 seq.sq - i0, (int)p.d, a.aligned_q };
+    }
+
+    /* Normalises O; lse of row g + 8 half of piece m comes back. */
+    __device__ __forceinline__ float finish_row(int m, int half)
+    {
+        const float sum = quad_sum(row_sum[m][half]);
+        const bool empty = row_max[m][half] == -INFINITY && sum == 0.0f;
+        const float factor = empty ? 0.0f : (VARIANT == FA_DROPOUT ? a.kept : 1.0f) / sum;
+        #pragma unroll
+        for (int j = 0; j < DT; j++) o[m][j][2 * half] *= factor, o[m][j][2 * half + 1] *= factor;
+        return empty ? -INFINITY : 0.69314718f * (row_max[m][half] * a.exponent_scale + log2_approx(sum));
+    }
+
+    __device__ __forceinline__ void store()
+    {
+        const fa_params &p = a.p;
+        float *lse = (float *)p.lse.ptr + b * p.lse.stride_b + head * p.lse.stride_h;
+        const uint32_t own = q_tile + warp * ROWS * ROW_BYTES;                      /* this warp's rows of Q: no one else's */
+        __syncwarp();
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int i = query(m, half), row = m * 16 + half * 8 + (lane >> 2);
+                const float value = finish_row(m, half);
+                if (i < seq.sq && (lane & 3) == 0) lse[(int64_t)(seq.q0 + i) * p.lse.stride_s] = value;
+                #pragma unroll
+                for (int j = 0; j < DT; j++)
+                    store_shared_4(own + tile_offset<D>(row, j) + (lane & 3) * 4, pack<T>(o[m][j][2 * half], o[m][j][2 * half + 1]));
+            }
+        __syncwarp();
+        const int first = i0 + warp * ROWS;
+        uint16_t *out = (uint16_t *)p.out.ptr + b * p.out.stride_b + (int64_t)(seq.q0 + first) * p.out.stride_s + head * p.out.stride_h;
+        store_tile<ROWS, D, 32>(own, lane, out, p.out.stride_s, seq.sq - first, (int)p.d_v, a.aligned_out);
+    }
+
+    /* A split's share of the keys: fp32, normalised within the split; combine.cu merges. Rows count as lse's do. */
+    __device__ __forceinline__ void store_partial(int split)
+    {
+        const fa_params &p = a.p;
+        const int64_t rows = p.cu_q ? p.total_q * p.h : p.b * p.h * p.sq;
+        const int64_t row0 = p.cu_q ? head * p.total_q + seq.q0 : ((int64_t)b * p.h + head) * p.sq;
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int i = query(m, half);
+                const float value = finish_row(m, half);
+                if (i >= seq.sq) continue;
+                const int64_t row = split * rows + row0 + i;
+                if ((lane & 3) == 0) a.partial_lse[row] = value;
+                #pragma unroll
+                for (int j = 0; j < DT; j++)
+                    *(float2 *)(a.partial_out + row * D + j * 8 + (lane & 3) * 2) = make_float2(o[m][j][2 * half], o[m][j][2 * half + 1]);
+            }
+    }
+};
+
+/* Blocks of one head follow each other, longest rows first: its K and V stay in L2. */
+template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile>
+__global__ void __launch_bounds__(32 * Tile::WARPS, Tile::BLOCKS) forward_kernel(const __grid_constant__ fa_cuda_args a)
+{
+    extern __shared__ __align__(128) uint8_t shared[];
+    using kernel = forward<T, D, VARIANT, Tile>;
+    const int m = a.m_tiles - 1 - blockIdx.x % a.m_tiles, batch_head = blockIdx.x / a.m_tiles;
+    kernel block(a, batch_head / (int)a.p.h, batch_head % (int)a.p.h, m, shared_address(shared));
+    if (block.i0 >= block.seq.sq) return;
+    const int i_end = min(block.i0 + kernel::BLOCK_M, block.seq.sq) - 1;
+    const int first = first_key(a, block.seq, block.i0) / kernel::BLOCK_N;
+    const int last = (max(last_key(a, block.seq, i_end), 0) + kernel::BLOCK_N - 1) / kernel::BLOCK_N;
+    const int share = (last - first + a.splits - 1) / a.splits;
+    block.n_first = first + blockIdx.y * share;
+    block.n_last = min(block.n_first + share, last);
+    block.run();
+    if (a.splits > 1) block.store_partial(blockIdx.y);
+    else block.store();
+}
+
+#endif

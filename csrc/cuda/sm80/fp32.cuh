@@ -1,0 +1,174 @@
+/* cuda/sm80/fp32.cuh: products accurate to fp32 on the tensor cores, and the tiles of fp32 rows that feed them.
+ *
+ *     x = big + small         big: x rounded to the 11 bits of tf32; small = x - big, exact
+ *     a b ~ small_a big_b + big_a small_b + big_a big_b        what is left out is below 2^-22 a b
+ *
+ * Tensor cores round their sums towards zero, and over hundreds of keys that bias would exceed fp32's own error. So they sum 16
+ * products at a time, small terms first, and ordinary fp32 adds, rounded to nearest, carry the sums on.
+ *
+ * A tile is ROWS rows of D floats, D / 4 chunks of 16 bytes. It is read in two directions, 16 bytes a lane (g, t) = (l / 4, l % 4):
+ *
+ *     by rows         the contraction runs along the row: row g, chunk t of every four                 Q, K of Q K^T
+ *     by columns      the contraction runs down the rows: rows 2t, 2t + 1, chunk (g / 2) + 4 (g % 2) of every eight      V of P V
+ *
+ * An mma sums in any order, so a lane's 4 floats of a row are the slots t, t + 4 of two k-steps, in left and right operand alike; down
+ * the rows, keys 2t and 2t + 1 are slots t and t + 4, which makes accumulators left operands as they stand. Columns change places
+ * too: accumulator j of 32 columns, element e, is column 4t + 16 (e % 2) + j: four accumulators hold 16 bytes of a row.
+ * Chunk c of row r lies at chunk c ^ (r / 2 % 4 + 4 (r % 2)): both readings touch every bank once per eight lanes. */
+#ifndef FA_SM80_FP32_CUH
+#define FA_SM80_FP32_CUH
+
+#include "../score.cuh"
+#include "config.h"
+#include "instance.cuh"
+
+/* --------------------------------------------------------------------------------------------------- operands */
+
+struct left_operand  { uint32_t big[2][4], small[2][4]; };      /* (16, 16): two k-steps of eight */
+struct right_operand { uint32_t big[2][2], small[2][2]; };      /* (16, 8) */
+
+/* `small` has 12 bits and a sign at most; mma reads 11 of them, so the last bit of x may be lost. */
+FA_DEVICE void split(float x, uint32_t &big, uint32_t &small)
+{
+    big = (__float_as_uint(x) + 0x1000) & 0xffffe000;
+    small = __float_as_uint(x - __uint_as_float(big));
+}
+
+/* C (16, 8) += A (16, 16) B (16, 8) */
+FA_DEVICE void multiply(float (&c)[4], const left_operand &a, const right_operand &b)
+{
+    float sum[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+    #pragma unroll
+    for (int k = 0; k < 2; k++) mma_tf32(sum, a.small[k], b.big[k]);
+    #pragma unroll
+    for (int k = 0; k < 2; k++) mma_tf32(sum, a.big[k], b.small[k]);
+    #pragma unroll
+    for (int k = 0; k < 2; k++) mma_tf32(sum, a.big[k], b.big[k]);
+    #pragma unroll
+    for (int e = 0; e < 4; e++) c[e] += sum[e];
+}
+
+/* Accumulators of 16 columns as the left operand of a product that sums over these columns. */
+FA_DEVICE void left_of(left_operand &a, const float (&c0)[4], const float (&c1)[4])
+{
+    #pragma unroll
+    for (int e = 0; e < 4; e++) {
+        const int at = e % 2 * 2 + e / 2;
+        split(c0[e], a.big[0][at], a.small[0][at]);
+        split(c1[e], a.big[1][at], a.small[1][at]);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------- tiles */
+
+FA_DEVICE uint32_t fp32_swizzle(int row) { return (row >> 1 & 3) + (row & 1) * 4; }
+
+template <int D> FA_DEVICE uint32_t fp32_offset(int row, int chunk)
+{
+    return row * (4 * D) + ((chunk ^ fp32_swizzle(row)) << 4);
+}
+
+/* Rows of one head in global memory. `aligned`: every row starts at a multiple of 16 bytes. */
+struct fp32_rows {
+    const float *ptr;           /* the tile's first row */
+    int64_t stride;             /* elements */
+    int rows, d;                /* beyond these the tile is 0 and nothing is read */
+    bool aligned;
+};
+
+/* By cp.async: commit and wait are the caller's. */
+template <int ROWS, int D, int THREADS> FA_DEVICE void load_fp32_tile(uint32_t tile, const fp32_rows &from)
+{
+    constexpr int CHUNKS = D / 4, STEP = THREADS / CHUNKS;
+    static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0, "a thread keeps its chunk");
+    const int thread = thread_anew(), chunk = thread % CHUNKS, first = thread / CHUNKS, width = min(from.d - chunk * 4, 4);
+    #pragma unroll 1
+    for (int i = 0; i < ROWS / STEP; i++) {
+        const int row = first + i * STEP, valid = row < from.rows ? max(width, 0) : 0;
+        const float *src = from.ptr + (valid ? row * from.stride + chunk * 4 : 0);
+        const uint32_t dst = tile + fp32_offset<D>(row, chunk);
+        if (from.aligned) {
+            cp_async_16(dst, src, valid * 4);
+        } else {
+            #pragma unroll
+            for (int e = 0; e < 4; e++) cp_async_4(dst + e * 4, src + (e < valid ? e : 0), e < valid);
+        }
+    }
+}
+
+/* Where a lane starts to read 8 (right) or 16 (left) rows by rows, or columns by columns. */
+template <int D> FA_DEVICE uint32_t lane_rows(int lane) { return fp32_offset<D>(lane >> 2, lane & 3); }
+template <int D> FA_DEVICE uint32_t lane_columns(int lane) { return fp32_offset<D>((lane & 3) * 2, (lane >> 3) + (lane >> 2 & 1) * 4); }
+
+/* The same rows, further columns: a multiple of 16. */
+FA_DEVICE uint32_t step_rows(uint32_t address, int column) { return (address ^ (column & 16) * 4) + (column >> 5) * 128; }
+
+template <int D> FA_DEVICE void load_left(left_operand &a, uint32_t address)
+{
+    #pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const uint4 x = load_shared_16(address + half * 8 * 4 * D);
+        split(__uint_as_float(x.x), a.big[0][half], a.small[0][half]);
+        split(__uint_as_float(x.y), a.big[0][half + 2], a.small[0][half + 2]);
+        split(__uint_as_float(x.z), a.big[1][half], a.small[1][half]);
+        split(__uint_as_float(x.w), a.big[1][half + 2], a.small[1][half + 2]);
+    }
+}
+FA_DEVICE void load_right(right_operand &b, uint32_t address)
+{
+    const uint4 x = load_shared_16(address);
+    split(__uint_as_float(x.x), b.big[0][0], b.small[0][0]);
+    split(__uint_as_float(x.y), b.big[0][1], b.small[0][1]);
+    split(__uint_as_float(x.z), b.big[1][0], b.small[1][0]);
+    split(__uint_as_float(x.w), b.big[1][1], b.small[1][1]);
+}
+
+/* C (16, 32) += A (16, 16) B (16, 32), B read by columns; the accumulators are those from j on of each of MT pieces. */
+template <int D, int MT, int DT> FA_DEVICE void multiply_columns(float (&c)[MT][DT][4], int j, const left_operand (&a)[MT], uint32_t address)
+{
+    uint32_t x[2][2][4];
+    #pragma unroll
+    for (int k = 0; k < 2; k++)
+        #pragma unroll
+        for (int slot = 0; slot < 2; slot++) {
+            const uint4 four = load_shared_16((address ^ slot * 64) + (k * 8 + slot) * 4 * D);
+            x[k][slot][0] = four.x, x[k][slot][1] = four.y, x[k][slot][2] = four.z, x[k][slot][3] = four.w;
+        }
+    #pragma unroll
+    for (int n = 0; n < 4; n++) {
+        right_operand b;
+        #pragma unroll
+        for (int k = 0; k < 2; k++)
+            #pragma unroll
+            for (int slot = 0; slot < 2; slot++) split(__uint_as_float(x[k][slot][n]), b.big[k][slot], b.small[k][slot]);
+        #pragma unroll
+        for (int m = 0; m < MT; m++) multiply(c[m][j + n], a[m], b);
+    }
+}
+
+/* Four columns from `column` of a row, as far as the row has them. */
+FA_DEVICE void store_chunk(float *row, int column, int d, bool aligned, float4 x)
+{
+    if (aligned && column + 4 <= d) {
+        *(float4 *)(row + column) = x;
+    } else {
+        if (column + 0 < d) row[column + 0] = x.x;
+        if (column + 1 < d) row[column + 1] = x.y;
+        if (column + 2 < d) row[column + 2] = x.z;
+        if (column + 3 < d) row[column + 3] = x.w;
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------------- instances */
+
+/* Defines fa_sm80_fp32_forward_64(dtype, variant, small), of the type that launch.c knows: one tile, and score mods go with dropout. */
+#define FA_SM80_FP32_INSTANCES(pass, D) \
+    extern "C" const struct fa_cuda_kernel *fa_sm80_fp32_##pass##_##D(enum fa_dtype, enum fa_variant variant, bool) \
+    { \
+        static const struct fa_cuda_kernel kernels[2] = { \
+            kernel_facts<fp32_##pass##_tile<D>, fp32_##pass<D, FA_PLAIN>>::with((const void *)fp32_##pass##_kernel<D, FA_PLAIN>), \
+            kernel_facts<fp32_##pass##_tile<D>, fp32_##pass<D, FA_DROPOUT>>::with((const void *)fp32_##pass##_kernel<D, FA_DROPOUT>) }; \
+        return &kernels[variant != FA_PLAIN]; \
+    }
+
+#endif

@@ -1,0 +1,314 @@
+/* cuda/sm80/fp32_backward.cuh: the gradients of fp32 tensors; a block owns BLOCK_N keys of one key/value head.
+ *
+ *     S^T = K Q^T    P = exp2(c S - lse2)    dV += P^T dO    dP^T = V dO^T    dS = P (dP - delta)    dK += dS^T Q    dQ += dS K
+ *
+ * backward.cuh with the products of fp32.cuh: the block walks over the query tiles that see its keys, for each query head of the group,
+ * last tile first. A warp owns 16 keys and all BLOCK_M queries: P^T and dS^T are the left operands of dV's and dK's products as they
+ * stand, and only dS passes through shared memory, for dQ, in dO's place. Q and dO have one tile of shared memory each:
+ *
+ *     barrier | S^T | barrier | dP^T   dS^T   dV   dK | barrier | load the next Q, dS to shared memory | barrier | dQ | barrier | load dO
+ *
+ * D = 256: dK and dV of 16 keys do not fit into one warp's registers. Two warps share the keys, each with half the channels of dK and
+ * dV; both compute S and dP, so the price is two products in five. */
+#ifndef FA_SM80_FP32_BACKWARD_CUH
+#define FA_SM80_FP32_BACKWARD_CUH
+
+#include "../dq_layout.cuh"
+#include "fp32.cuh"
+
+template <int D, enum fa_variant VARIANT> struct fp32_backward {
+    using Tile = fp32_backward_tile<D>;
+    enum : int {
+        WARPS = Tile::WARPS, THREADS = 32 * WARPS, BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N,
+        KEY_WARPS = BLOCK_N / 16, CHANNELS = D / (WARPS / KEY_WARPS),       /* of dK and dV in a warp's registers */
+        NT = BLOCK_M / 8, DT = CHANNELS / 8, STEPS = NT > 2 ? 1 : 2,        /* of S's and dP's products at once */
+        DQ_WM = BLOCK_M / 16, DQ_CHANNELS = D / (WARPS / DQ_WM),            /* a warp's dQ: 16 queries, these channels */
+        ROW_BYTES = 4 * D, KV_BYTES = BLOCK_N * ROW_BYTES, Q_BYTES = BLOCK_M * ROW_BYTES, DS_ROW_BYTES = 4 * BLOCK_N,
+        SHARED_BYTES = 2 * KV_BYTES + 2 * Q_BYTES + 2 * 4 * BLOCK_M,
+    };
+    static_assert(WARPS % KEY_WARPS == 0 && WARPS % DQ_WM == 0 && CHANNELS % 32 == 0 && DQ_CHANNELS % 32 == 0, "whole fragments");
+    static_assert(BLOCK_N <= D && BLOCK_N % 32 == 0, "dS fits dO's place, its swizzle fits its rows");
+    static_assert(SHARED_BYTES <= 99 << 10, "fits every device");
+
+    const fa_cuda_args &a;
+    const int lane, warp, key_warp, b, kv_head, j0;                         /* j0: first key of the block */
+    const sequence seq;
+    const uint32_t k_tile, v_tile, q_tile, dout_tile, ds_tile, lse2_row, delta_row;
+    int m_first, m_last;                                                    /* query tiles [first, last) */
+    float dk[1][DT][4], dv[1][DT][4];                                             /* columns as fp32.cuh says */
+
+    __device__ __forceinline__ fp32_backward(const fa_cuda_args &args, int batch, int kv, int n, uint32_t shared)
+        : a(args), lane(threadIdx.x & 31), warp(threadIdx.x >> 5), key_warp(warp % KEY_WARPS), b(batch), kv_head(kv), j0(n * BLOCK_N),
+          seq(sequence_of(args.p, batch)), k_tile(shared), v_tile(k_tile + KV_BYTES), q_tile(v_tile + KV_BYTES),
+          dout_tile(q_tile + Q_BYTES), ds_tile(dout_tile), lse2_row(dout_tile + Q_BYTES), delta_row(lse2_row + 4 * BLOCK_M)
+    {
+        #pragma unroll
+        for (int j = 0; j < DT; j++)
+            #pragma unroll
+            for (int e = 0; e < 4; e++) dk[0][j][e] = dv[0][j][e] = 0.0f;
+    }
+
+    /* Where a walk over the query tiles of the group's heads is: the last tile of the first head first. */
+    struct position { int head, m; };
+    __device__ __forceinline__ bool done(const position &at) const { return at.head >= (kv_head + 1) * a.group; }
+    __device__ __forceinline__ position next(position at) const
+    {
+        return at.m > m_first ? position{ at.head, at.m - 1 } : position{ at.head + 1, m_last - 1 };
+    }
+
+    __device__ __forceinline__ void load_keys(uint32_t tile, const fa_tensor &t, int d, bool aligned)
+    {
+        load_fp32_tile<BLOCK_N, D, THREADS>(tile, {
+            (const float *)t.ptr + b * t.stride_b + (seq.k0 + j0) * t.stride_s + kv_head * t.stride_h, t.stride_s, seq.sk - j0, d, aligned });
+    }
+    /* A tile of Q or dO, and of lse2 or delta. */
+    __device__ __forceinline__ void load_queries(uint32_t tile, const fa_tensor &t, int d, bool aligned,
+                                                 uint32_t scalar_row, const float *scalars, const position &at)
+    {
+        if (!done(at)) {
+            const int i0 = at.m * BLOCK_M;
+            load_fp32_tile<BLOCK_M, D, THREADS>(tile, {
+                (const float *)t.ptr + b * t.stride_b + (seq.q0 + i0) * t.stride_s + at.head * t.stride_h, t.stride_s,
+                seq.sq - i0, d, aligned });
+            const int thread = thread_anew();
+            if (thread < BLOCK_M / 4)
+                cp_async_16(scalar_row + thread * 16, scalars + padded_row(a, seq, b, at.head) + i0 + thread * 4, 16);
+        }
+        cp_async_commit();
+    }
+    __device__ __forceinline__ void load_q(const position &at)
+    {
+        load_queries(q_tile, a.p.q, (int)a.p.d, a.aligned_q, lse2_row, a.lse2, at);
+    }
+    __device__ __forceinline__ void load_dout(const position &at)
+    {
+        load_queries(dout_tile, a.p.dout, (int)a.p.d_v, a.aligned_dout, delta_row, a.delta, at);
+    }
+
+    /* C^T (16, BLOCK_M) = left right^T: left is this warp's rows of a key tile, right a query tile; both have d channels. */
+    __device__ __forceinline__ void product(float (&c)[NT][4], uint32_t left, uint32_t right, int d)
+    {
+        #pragma unroll
+        for (int n = 0; n < NT; n++)
+            #pragma unroll
+            for (int e = 0; e < 4; e++) c[n][e] = 0.0f;
+        const uint32_t x_at = left + key_warp * 16 * ROW_BYTES + lane_rows<D>(lane), y_at = right + lane_rows<D>(lane);
+        #pragma unroll STEPS
+        for (int channel = 0; channel < d; channel += 16) {
+            left_operand x;
+            load_left<D>(x, step_rows(x_at, channel));
+            #pragma unroll
+            for (int n = 0; n < NT; n++) {
+                right_operand y;
+                load_right(y, step_rows(y_at, channel) + n * 8 * ROW_BYTES);
+                multiply(c[n], x, y);
+            }
+        }
+    }
+
+    /* out (16, CHANNELS) += x (16, BLOCK_M) right (BLOCK_M, D): this warp's channels, as far as d. */
+    __device__ __forceinline__ void accumulate(float (&out)[1][DT][4], const float (&x)[NT][4], uint32_t right, int d)
+    {
+        const int channel = warp / KEY_WARPS * CHANNELS;
+        const uint32_t y_at = right + lane_columns<D>(lane) + channel * 4;
+        #pragma unroll
+        for (int q = 0; q < NT / 2; q++) {
+            left_operand left[1];
+            left_of(left[0], x[2 * q], x[2 * q + 1]);
+            #pragma unroll
+            for (int j = 0; j < DT; j += 4) {
+                if (channel + j * 8 >= d) break;
+                multiply_columns<D>(out, j, left, y_at + q * 16 * ROW_BYTES + j * 32);
+            }
+        }
+    }
+
+    /* S^T becomes (Z P)^T without its factor, dP^T becomes dS^T; piece by piece of 16 queries, two at a time for the dropout mask. */
+    template <bool MASKED> __device__ __forceinline__ void differentiate(float (&s)[NT][4], float (&dp)[NT][4], int head, int i0)
+    {
+        const float slope = VARIANT >= FA_SCORE_MOD ? alibi_slope(a, b, head) : 0.0f;
+        const int j = j0 + key_warp * 16 + (lane >> 2);                                 /* key of row g */
+        int first[2], last[2];
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            first[half] = MASKED ? first_query(a, seq, j + half * 8) : 0;
+            last[half] = MASKED && j + half * 8 < seq.sk ? last_query(a, seq, j + half * 8) : 0;
+        }
+        #pragma unroll
+        for (int at = 0; at < NT / 2; at += 2) {
+            uint32_t bytes[2][2] = {};                                                  /* 0: kept */
+            if (VARIANT == FA_DROPOUT && a.keep256 < 256) {
+                const uint32_t piece_i[2] = { i0 / 16u + at, i0 / 16u + at + 1 }, piece = j0 / 16u + key_warp, piece_j[2] = { piece, piece };
+                dropout_bytes(bytes, a.p.rng[0], a.p.rng[1], b * (int)a.p.h + head, piece_i, piece_j, lane, true);
+            }
+            #pragma unroll
+            for (int n = 2 * at; n < 2 * at + 4 && n < NT; n++) {
+                const int column = n * 8 + (lane & 3) * 2;
+                const float2 lse2 = load_shared_8(lse2_row + column * 4), delta = load_shared_8(delta_row + column * 4);
+                #pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int half = e / 2, i = i0 + column + e % 2;
+                    float x = s[n][e], y = dp[n][e], derivative = 1.0f;
+                    if (VARIANT >= FA_SCORE_MOD) x = modify_score(a, x, slope, i + seq.sk - seq.sq - j - half * 8, derivative);
+                    x = exp2_approx(fmaf(x, a.exponent_scale, e % 2 ? -lse2.y : -lse2.x));
+                    if (MASKED && (i < first[half] || i >= last[half])) x = 0.0f;
+                    const bool keeps = VARIANT != FA_DROPOUT || dropout_keeps(bytes[n / 2 - at], half, n % 2, e % 2, a.keep256, true);
+                    if (VARIANT == FA_DROPOUT) y = keeps ? y * a.kept : 0.0f;
+                    s[n][e] = keeps ? x : 0.0f;
+                    dp[n][e] = x * (y - (e % 2 ? delta.y : delta.x)) * derivative;
+                }
+            }
+        }
+    }
+
+    /* dS (BLOCK_M, BLOCK_N): blocks of eight keys of row i change places by xor; writes of rows 2t and reads of rows g miss no bank. */
+    __device__ __forceinline__ uint32_t ds_offset(int i, int j) const
+    {
+        return i * DS_ROW_BYTES + (j * 4 ^ ((i >> 1 ^ i << 1) & 3) << 5);
+    }
+    __device__ __forceinline__ void store_ds(const float (&ds)[NT][4])
+    {
+        #pragma unroll
+        for (int n = 0; n < NT; n++)
+            #pragma unroll
+            for (int e = 0; e < 4; e++)
+                store_shared_4(ds_tile + ds_offset(n * 8 + (lane & 3) * 2 + e % 2, key_warp * 16 + e / 2 * 8 + (lane >> 2)),
+                               __float_as_uint(ds[n][e]));
+    }
+    /* 16 queries x keys 16 k..: keys 2t and 2t + 1 of eight are slots t and t + 4. */
+    __device__ __forceinline__ void load_ds(left_operand &x, int i0, int k)
+    {
+        #pragma unroll
+        for (int half = 0; half < 2; half++)
+            #pragma unroll
+            for (int step = 0; step < 2; step++) {
+                const float2 two = load_shared_8(ds_tile + ds_offset(i0 + half * 8 + (lane >> 2), k * 16 + step * 8 + (lane & 3) * 2));
+                split(two.x, x.big[step][half], x.small[step][half]);
+                split(two.y, x.big[step][half + 2], x.small[step][half + 2]);
+            }
+    }
+
+    /* dQ (BLOCK_M, D) += dS K: this warp's 16 queries x DQ_CHANNELS. Accumulators 2x and 2x + 1 hold pairs of channels of dq_layout.cuh's
+     * fragments: their lane is 2 (t % 2) + x, their block of eight channels t / 2 + 2 (e % 2). */
+    __device__ __forceinline__ void add_dq(const position &at)
+    {
+        const int i0 = warp % DQ_WM * 16, channel = warp / DQ_WM * DQ_CHANNELS;
+        const uint32_t y_at = k_tile + lane_columns<D>(lane) + channel * 4;
+        const int64_t row = padded_row(a, seq, b, at.head) + at.m * BLOCK_M + i0;
+        #pragma unroll 1
+        for (int j = 0; j < DQ_CHANNELS && channel + j < (int)a.p.d; j += 32) {
+            float dq[1][4][4] = {};
+            #pragma unroll 1
+            for (int k = 0; k < BLOCK_N / 16; k++) {
+                left_operand x[1];
+                load_ds(x[0], i0, k);
+                multiply_columns<D>(dq, 0, x, y_at + k * 16 * ROW_BYTES + j * 4);
+            }
+            #pragma unroll
+            for (int x = 0; x < 2; x++)
+                #pragma unroll
+                for (int c = 0; c < 2; c++) {
+                    const float four[4] = { dq[0][2 * x][c], dq[0][2 * x + 1][c], dq[0][2 * x][c + 2], dq[0][2 * x + 1][c + 2] };
+                    dq_add(a.dq_accum + dq_block(a, row, (channel + j) / 8 + (lane & 3) / 2 + 2 * c), (lane & ~3) + (lane & 1) * 2 + x, four);
+                }
+        }
+    }
+
+    /* Deterministic dq: key tiles add to a query tile in ascending order. Tiles start in that order too, so the one that is waited
+     * for is running or done. */
+    __device__ __forceinline__ int *turn_of(const position &at) const
+    {
+        return a.turns + (padded_row(a, seq, b, at.head) + at.m * BLOCK_M) / 16;
+    }
+    __device__ __forceinline__ void wait_for_turn(const position &at) const
+    {
+        if (threadIdx.x == 0) {
+            const int before = j0 / BLOCK_N - first_key(a, seq, at.m * BLOCK_M) / BLOCK_N;
+            while (*(volatile int *)turn_of(at) != before) __nanosleep(64);
+            __threadfence();
+        }
+        __syncthreads();
+    }
+    __device__ __forceinline__ void pass_turn(const position &at) const
+    {
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) atomicAdd(turn_of(at), 1);
+    }
+
+    __device__ __forceinline__ void step(const position &at)
+    {
+        const int i0 = at.m * BLOCK_M, i_end = min(i0 + BLOCK_M, seq.sq) - 1;
+        float s[NT][4], dp[NT][4];
+        cp_async_wait<1>();
+        __syncthreads();                            /* Q is here for all */
+        product(s, k_tile, q_tile, (int)a.p.d);
+        cp_async_wait<0>();
+        __syncthreads();                            /* dO is here for all */
+        product(dp, v_tile, dout_tile, (int)a.p.d_v);
+        const bool whole = first_key(a, seq, i_end) <= j0 && last_key(a, seq, i0) >= j0 + BLOCK_N;
+        if (whole) differentiate<false>(s, dp, at.head, i0);
+        else differentiate<true>(s, dp, at.head, i0);
+        accumulate(dv, s, dout_tile, (int)a.p.d_v);
+        accumulate(dk, dp, q_tile, (int)a.p.d);
+        __syncthreads();                            /* all are done with Q and dO */
+        load_q(next(at));
+        if (warp < KEY_WARPS) store_ds(dp);
+        __syncthreads();                            /* dS is here for all */
+        if (a.p.deterministic) wait_for_turn(at);
+        add_dq(at);
+        if (a.p.deterministic) pass_turn(at);
+        __syncthreads();                            /* all are done with dS */
+        load_dout(next(at));
+    }
+
+    __device__ __forceinline__ void run()
+    {
+        position at = { kv_head * a.group + (m_first < m_last ? 0 : a.group), m_last - 1 };
+        load_keys(k_tile, a.p.k, (int)a.p.d, a.aligned_k);
+        load_keys(v_tile, a.p.v, (int)a.p.d_v, a.aligned_v);
+        load_q(at);
+        load_dout(at);
+        for (; !done(at); at = next(at)) step(at);
+        cp_async_wait<0>();
+    }
+
+    /* dK or dV of this warp's keys and channels. Keys in no use get 0. */
+    __device__ __forceinline__ void store(const float (&x)[1][DT][4], float factor, const fa_tensor &t, int d, bool aligned)
+    {
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int j = j0 + key_warp * 16 + half * 8 + (lane >> 2);
+            if (j >= seq.k_rows) continue;
+            float *row = (float *)t.ptr + b * t.stride_b + (seq.k0 + j) * t.stride_s + kv_head * t.stride_h;
+            const int column = warp / KEY_WARPS * CHANNELS + (lane & 3) * 4;
+            #pragma unroll
+            for (int c = 0; c < DT; c += 4)
+                #pragma unroll
+                for (int e = 2 * half; e < 2 * half + 2; e++)
+                    store_chunk(row, column + c * 8 + e % 2 * 16, d, aligned, j >= seq.sk ? make_float4(0.0f, 0.0f, 0.0f, 0.0f)
+                                : make_float4(x[0][c][e] * factor, x[0][c + 1][e] * factor, x[0][c + 2][e] * factor, x[0][c + 3][e] * factor));
+        }
+    }
+};
+
+/* Key tiles of one head follow each other, ascending: the longest first if causal. */
+template <int D, enum fa_variant VARIANT>
+__global__ void __launch_bounds__(32 * fp32_backward_tile<D>::WARPS, fp32_backward_tile<D>::BLOCKS)
+fp32_backward_kernel(const __grid_constant__ fa_cuda_args a)
+{
+    extern __shared__ __align__(128) uint8_t shared[];
+    using kernel = fp32_backward<D, VARIANT>;
+    const int n = blockIdx.x % a.n_tiles, batch_head = blockIdx.x / a.n_tiles;
+    kernel block(a, batch_head / (int)a.p.hk, batch_head % (int)a.p.hk, n, shared_address(shared));
+    if (block.j0 >= block.seq.k_rows) return;
+    const int j_end = min(block.j0 + kernel::BLOCK_N, block.seq.sk) - 1;
+    const bool used = block.j0 < block.seq.sk;
+    block.m_first = used ? first_query(a, block.seq, block.j0) / kernel::BLOCK_M : 0;
+    block.m_last = used ? (max(last_query(a, block.seq, j_end), 0) + kernel::BLOCK_M - 1) / kernel::BLOCK_M : 0;
+    block.run();
+    block.store(block.dv, VARIANT == FA_DROPOUT ? a.kept : 1.0f, a.p.dv, (int)a.p.d_v, a.aligned_dv);
+    block.store(block.dk, a.scale, a.p.dk, (int)a.p.d, a.aligned_dk);
+}
+
+#endif

@@ -1,0 +1,305 @@
+/* cuda/sm80/fp32_forward.cuh: forward attention of fp32 tensors; a block owns BLOCK_M query rows of one head.
+ *
+ *     S = Q K^T    P = exp2(c S - m)    l = rowsum P    O = P V / l    lse = ln 2 (m + log2 l)        c = scale log2 e
+ *
+ * forward.cuh with the products of fp32.cuh: each warp owns 16 or 32 of the rows, all keys and all channels. K and V have one tile of
+ * shared memory each, and each loads while the other is worked with, so that every tile fits every device:
+ *
+ *     barrier | load V(n)   S = Q K(n)^T | barrier | load K(n - 1)   softmax   O += P V(n)
+ *
+ * 32 rows a warp halve the splitting of K and V into big and small; at D = 128 registers allow it only with half the keys a tile.
+ * One variant does score mods and dropout both; what the call does not use is a uniform branch. */
+#ifndef FA_SM80_FP32_FORWARD_CUH
+#define FA_SM80_FP32_FORWARD_CUH
+
+#include "fp32.cuh"
+
+template <int D, enum fa_variant VARIANT> struct fp32_forward {
+    using Tile = fp32_forward_tile<D>;
+    enum : int {
+        WARPS = Tile::WARPS, THREADS = 32 * WARPS, BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N,
+        ROWS = BLOCK_M / WARPS, MT = ROWS / 16,             /* rows of a warp; 16-row pieces of them */
+        NT = BLOCK_N / 8, DT = D / 8, STEPS = MT * NT > 2 ? 1 : 2,      /* of S's product at once */
+        ROW_BYTES = 4 * D, KV_BYTES = BLOCK_N * ROW_BYTES, Q_BYTES = BLOCK_M * ROW_BYTES,
+        SHARED_BYTES = Q_BYTES + 2 * KV_BYTES,
+    };
+    static_assert(BLOCK_M % (16 * WARPS) == 0 && BLOCK_N % 16 == 0 && D % 64 == 0, "whole fragments");
+    static_assert(SHARED_BYTES <= 99 << 10, "fits every device");
+
+    const fa_cuda_args &a;
+    const int lane, warp, b, head, kv_head, i0;             /* i0: first query of the block */
+    const sequence seq;
+    const uint32_t q_tile, k_tile, v_tile;
+    int n_first, n_last;                                    /* key tiles [first, last) */
+    float slope;
+
+    float o[MT][DT][4];                                     /* columns as fp32.cuh says */
+    float row_max[MT][2], row_sum[MT][2];                   /* rows g and g + 8 of each piece; the sum is this lane's share */
+
+    __device__ __forceinline__ fp32_forward(const fa_cuda_args &args, int batch, int h, int m, uint32_t shared)
+        : a(args), lane(threadIdx.x & 31), warp(threadIdx.x >> 5), b(batch), head(h), kv_head(h / args.group), i0(m * BLOCK_M),
+          seq(sequence_of(args.p, batch)), q_tile(shared), k_tile(shared + Q_BYTES), v_tile(k_tile + KV_BYTES)
+    {
+        slope = VARIANT >= FA_SCORE_MOD ? alibi_slope(a, b, head) : 0.0f;
+        #pragma unroll
+        for (int m_ = 0; m_ < MT; m_++) {
+            #pragma unroll
+            for (int half = 0; half < 2; half++) row_max[m_][half] = -INFINITY, row_sum[m_][half] = 0.0f;
+            #pragma unroll
+            for (int j = 0; j < DT; j++)
+                #pragma unroll
+                for (int e = 0; e < 4; e++) o[m_][j][e] = 0.0f;
+        }
+    }
+
+    __device__ __forceinline__ void load_queries()
+    {
+        const fa_tensor &q = a.p.q;
+        load_fp32_tile<BLOCK_M, D, THREADS>(q_tile, {
+            (const float *)q.ptr + b * q.stride_b + (seq.q0 + i0) * q.stride_s + head * q.stride_h, q.stride_s,
+            seq.sq - i0, (int)a.p.d, a.aligned_q });
+    }
+    /* Tile n of K or V, if there is one. */
+    __device__ __forceinline__ void load_keys(uint32_t tile, const fa_tensor &t, int n, int d, bool aligned)
+    {
+        const int j0 = n * BLOCK_N;
+        if (n >= n_first)
+            load_fp32_tile<BLOCK_N, D, THREADS>(tile, {
+                (const float *)t.ptr + b * t.stride_b + (seq.k0 + j0) * t.stride_s + kv_head * t.stride_h, t.stride_s,
+                seq.sk - j0, d, aligned });
+        cp_async_commit();
+    }
+
+    /* S (ROWS, BLOCK_N) = Q K^T */
+    __device__ __forceinline__ void scores(float (&s)[MT][NT][4])
+    {
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int n = 0; n < NT; n++)
+                #pragma unroll
+                for (int e = 0; e < 4; e++) s[m][n][e] = 0.0f;
+        const uint32_t q_at = q_tile + warp * ROWS * ROW_BYTES + lane_rows<D>(lane), k_at = k_tile + lane_rows<D>(lane);
+        #pragma unroll STEPS
+        for (int channel = 0; channel < (int)a.p.d; channel += 16) {
+            left_operand q[MT];
+            #pragma unroll
+            for (int m = 0; m < MT; m++) load_left<D>(q[m], step_rows(q_at, channel) + m * 16 * ROW_BYTES);
+            #pragma unroll
+            for (int n = 0; n < NT; n++) {
+                right_operand keys;
+                load_right(keys, step_rows(k_at, channel) + n * 8 * ROW_BYTES);
+                #pragma unroll
+                for (int m = 0; m < MT; m++) multiply(s[m][n], q[m], keys);
+            }
+        }
+    }
+
+    __device__ __forceinline__ int query(int m, int half) const { return i0 + warp * ROWS + m * 16 + half * 8 + (lane >> 2); }
+
+    /* Score mods, then -inf where row and column do not see each other. j0: key of column 0. */
+    template <bool MASKED> __device__ __forceinline__ void modify(float (&s)[MT][NT][4], int j0)
+    {
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int i = query(m, half), diagonal = i + seq.sk - seq.sq;
+                const int first = MASKED ? first_key(a, seq, i) : 0, last = MASKED ? last_key(a, seq, i) : 0;
+                #pragma unroll
+                for (int n = 0; n < NT; n++)
+                    #pragma unroll
+                    for (int c = 0; c < 2; c++) {
+                        const int j = j0 + n * 8 + (lane & 3) * 2 + c;
+                        float &x = s[m][n][2 * half + c], unused;
+                        if (VARIANT >= FA_SCORE_MOD) x = modify_score(a, x, slope, diagonal - j, unused);
+                        if (MASKED && (j < first || j >= last)) x = -INFINITY;
+                    }
+            }
+    }
+
+    /* S becomes P; max, sum and O follow. O is rescaled only where some row of the warp has a new maximum. */
+    __device__ __forceinline__ void softmax(float (&s)[MT][NT][4])
+    {
+        const float c = a.exponent_scale;
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float top = row_max[m][half];
+                #pragma unroll
+                for (int n = 0; n < NT; n++) top = fmaxf(top, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+                top = quad_max(top);
+                const float shift = top == -INFINITY ? 0.0f : top * c;              /* no visible key yet: every P is 0 */
+                if (__any_sync(0xffffffff, top > row_max[m][half])) {
+                    const float alpha = exp2_approx(row_max[m][half] * c - shift);  /* 0 for the first keys */
+                    row_sum[m][half] *= alpha;
+                    #pragma unroll
+                    for (int j = 0; j < DT; j++) o[m][j][2 * half] *= alpha, o[m][j][2 * half + 1] *= alpha;
+                }
+                row_max[m][half] = top;
+                float sum = 0.0f;
+                #pragma unroll
+                for (int n = 0; n < NT; n++)
+                    #pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        float &x = s[m][n][2 * half + e];
+                        x = exp2_approx(fmaf(x, c, -shift));
+                        sum += x;
+                    }
+                row_sum[m][half] += sum;
+            }
+    }
+
+    /* Zeroes what dropout drops, two pieces at a time. The sum above does not see it. */
+    __device__ __forceinline__ void drop(float (&s)[MT][NT][4], int j0)
+    {
+        const uint64_t seed = a.p.rng[0], offset = a.p.rng[1];
+        const uint32_t batch_head = b * (int)a.p.h + head, first_i = (i0 + warp * ROWS) / 16, first_j = j0 / 16;
+        constexpr int PIECES = MT * NT / 2;
+        #pragma unroll
+        for (int at = 0; at < PIECES; at += 2) {
+            uint32_t bytes[2][2], piece_i[2], piece_j[2];
+            #pragma unroll
+            for (int x = 0; x < 2; x++) piece_i[x] = first_i + (at + x) % MT, piece_j[x] = first_j + (at + x) / MT;
+            dropout_bytes(bytes, seed, offset, batch_head, piece_i, piece_j, lane, false);
+            #pragma unroll
+            for (int x = 0; x < 2 && at + x < PIECES; x++)
+                #pragma unroll
+                for (int column = 0; column < 2; column++)
+                    #pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (!dropout_keeps(bytes[x], e / 2, column, e % 2, a.keep256, false))
+                            s[(at + x) % MT][(at + x) / MT * 2 + column][e] = 0.0f;
+        }
+    }
+
+    /* O += P V */
+    __device__ __forceinline__ void accumulate(const float (&s)[MT][NT][4])
+    {
+        const uint32_t v_at = v_tile + lane_columns<D>(lane);
+        #pragma unroll
+        for (int k = 0; k < BLOCK_N / 16; k++) {
+            left_operand p[MT];
+            #pragma unroll
+            for (int m = 0; m < MT; m++) left_of(p[m], s[m][2 * k], s[m][2 * k + 1]);
+            #pragma unroll
+            for (int j = 0; j < DT; j += 4) {
+                if (j * 8 >= (int)a.p.d_v) break;
+                multiply_columns<D>(o, j, p, v_at + k * 16 * ROW_BYTES + j * 32);
+            }
+        }
+    }
+
+    template <bool MASKED> __device__ __forceinline__ void tile(int n)
+    {
+        float s[MT][NT][4];
+        cp_async_wait<0>();
+        __syncthreads();                            /* K(n) is here for all, and all are done with V(n + 1) */
+        load_keys(v_tile, a.p.v, n, (int)a.p.d_v, a.aligned_v);
+        scores(s);
+        cp_async_wait<0>();
+        __syncthreads();                            /* V(n) is here for all, and all are done with K(n) */
+        load_keys(k_tile, a.p.k, n - 1, (int)a.p.d, a.aligned_k);
+        if (MASKED || VARIANT >= FA_SCORE_MOD) modify<MASKED>(s, n * BLOCK_N);
+        softmax(s);
+        if (VARIANT == FA_DROPOUT && a.keep256 < 256) drop(s, n * BLOCK_N);
+        accumulate(s);
+    }
+
+    /* Tiles from `n_last - 1` down to `n_first`; those in [whole_first, whole_last) every row of the block sees whole. */
+    __device__ __forceinline__ void run()
+    {
+        const int i_end = min(i0 + BLOCK_M, seq.sq) - 1;
+        const int whole_first = (first_key(a, seq, i_end) + BLOCK_N - 1) / BLOCK_N, whole_last = max(last_key(a, seq, i0), 0) / BLOCK_N;
+        load_queries();
+        load_keys(k_tile, a.p.k, n_last - 1, (int)a.p.d, a.aligned_k);
+        int n = n_last - 1;
+        while (n >= n_first) {
+            for (; n >= n_first && (n >= whole_last || n < whole_first); n--) tile<true>(n);
+            for (; n >= n_first && n >= whole_first; n--) tile<false>(n);
+        }
+        cp_async_wait<0>();
+    }
+
+    /* Normalises O; lse of row g + 8 half of piece m comes back. */
+    __device__ __forceinline__ float finish_row(int m, int half)
+    {
+        const float sum = quad_sum(row_sum[m][half]);
+        const bool empty = row_max[m][half] == -INFINITY && sum == 0.0f;
+        const float factor = empty ? 0.0f : (VARIANT == FA_DROPOUT ? a.kept : 1.0f) / sum;
+        #pragma unroll
+        for (int j = 0; j < DT; j++) o[m][j][2 * half] *= factor, o[m][j][2 * half + 1] *= factor;
+        return empty ? -INFINITY : 0.69314718f * (row_max[m][half] * a.exponent_scale + log2_approx(sum));
+    }
+
+    /* This lane's share of a row: `d` columns. */
+    __device__ __forceinline__ void store_row(float *row, int m, int half, int d, bool aligned) const
+    {
+        #pragma unroll
+        for (int j = 0; j < DT; j += 4)
+            #pragma unroll
+            for (int e = 2 * half; e < 2 * half + 2; e++)
+                store_chunk(row, j * 8 + e % 2 * 16 + (lane & 3) * 4, d, aligned,
+                            make_float4(o[m][j][e], o[m][j + 1][e], o[m][j + 2][e], o[m][j + 3][e]));
+    }
+
+    __device__ __forceinline__ void store()
+    {
+        const fa_params &p = a.p;
+        float *lse = (float *)p.lse.ptr + b * p.lse.stride_b + head * p.lse.stride_h;
+        float *out = (float *)p.out.ptr + b * p.out.stride_b + head * p.out.stride_h;
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int i = query(m, half);
+                const float value = finish_row(m, half);
+                if (i >= seq.sq) continue;
+                if ((lane & 3) == 0) lse[(seq.q0 + i) * p.lse.stride_s] = value;
+                store_row(out + (seq.q0 + i) * p.out.stride_s, m, half, (int)p.d_v, a.aligned_out);
+            }
+    }
+
+    /* A split's share of the keys: normalised within the split; combine.cu merges. Rows count as lse's do. */
+    __device__ __forceinline__ void store_partial(int split)
+    {
+        const fa_params &p = a.p;
+        const int64_t rows = p.cu_q ? p.total_q * p.h : p.b * p.h * p.sq;
+        const int64_t row0 = p.cu_q ? head * p.total_q + seq.q0 : ((int64_t)b * p.h + head) * p.sq;
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int i = query(m, half);
+                const float value = finish_row(m, half);
+                if (i >= seq.sq) continue;
+                const int64_t row = split * rows + row0 + i;
+                if ((lane & 3) == 0) a.partial_lse[row] = value;
+                store_row(a.partial_out + row * D, m, half, D, true);
+            }
+    }
+};
+
+/* Blocks of one head follow each other, longest rows first: its K and V stay in L2. */
+template <int D, enum fa_variant VARIANT>
+__global__ void __launch_bounds__(32 * fp32_forward_tile<D>::WARPS, fp32_forward_tile<D>::BLOCKS)
+fp32_forward_kernel(const __grid_constant__ fa_cuda_args a)
+{
+    extern __shared__ __align__(128) uint8_t shared[];
+    using kernel = fp32_forward<D, VARIANT>;
+    const int m = a.m_tiles - 1 - blockIdx.x % a.m_tiles, batch_head = blockIdx.x / a.m_tiles;
+    kernel block(a, batch_head / (int)a.p.h, batch_head % (int)a.p.h, m, shared_address(shared));
+    if (block.i0 >= block.seq.sq) return;
+    const int i_end = min(block.i0 + kernel::BLOCK_M, block.seq.sq) - 1;
+    const int first = first_key(a, block.seq, block.i0) / kernel::BLOCK_N;
+    const int last = (max(last_key(a, block.seq, i_end), 0) + kernel::BLOCK_N - 1) / kernel::BLOCK_N;
+    const int share = (last - first + a.splits - 1) / a.splits;
+    block.n_first = first + blockIdx.y * share;
+    block.n_last = min(block.n_first + share, last);
+    block.run();
+    if (a.splits > 1) block.store_partial(blockIdx.y);
+    else block.store();
+}
+
+#endif

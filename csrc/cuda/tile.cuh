@@ -1,0 +1,98 @@
+/* cuda/tile.cuh: a tile of rows of 16-bit elements in shared memory: its swizzle, its loads and stores, its fragments.
+ *
+ * A row of D elements is D / 8 chunks of 16 bytes. Chunk c of row r lies at chunk c ^ (r & 7), or c ^ (r / 2 & 3) where rows are
+ * an odd number of 64-byte halves (D = 32, 96): the eight rows that an ldmatrix reads then fall into different banks. */
+#ifndef FA_TILE_CUH
+#define FA_TILE_CUH
+
+#include "ptx.cuh"
+
+template <int D> FA_DEVICE uint32_t swizzle(int row)       /* in bytes, to be xor-ed into the offset of a chunk */
+{
+    return D % 64 == 0 ? (row & 7) << 4 : (row >> 1 & 3) << 4;
+}
+template <int D> FA_DEVICE uint32_t tile_offset(int row, int chunk)
+{
+    return row * (2 * D) + (chunk << 4 ^ swizzle<D>(row));
+}
+
+/* Rows of one head in global memory. `aligned`: every row starts at a multiple of 16 bytes. */
+struct rows_of {
+    const uint16_t *ptr;        /* the tile's first row */
+    int64_t stride;             /* elements */
+    int rows, d;                /* beyond these the tile is 0 and nothing is read */
+    bool aligned;
+};
+
+/* Chunk by chunk, threads of the block side by side. Aligned rows travel by cp.async: commit and wait are the caller's. */
+template <int ROWS, int D, int THREADS> FA_DEVICE void load_tile(uint32_t tile, const rows_of &from)
+{
+    constexpr int CHUNKS = D / 8, TOTAL = ROWS * CHUNKS, ROUNDS = (TOTAL + THREADS - 1) / THREADS;
+    int64_t stride = from.stride;
+    asm volatile("" : "+l"(stride));            /* else a main loop keeps every round's offset in registers: spills */
+    #pragma unroll
+    for (int i = 0; i < ROUNDS; i++) {
+        const int at = i * THREADS + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
+        if (TOTAL % THREADS && at >= TOTAL) break;
+        const int left = row < from.rows ? min(from.d - chunk * 8, 8) : 0;          /* elements of this chunk that exist */
+        const uint16_t *src = from.ptr + row * stride + chunk * 8;
+        const uint32_t dst = tile + tile_offset<D>(row, chunk);
+        if (from.aligned) {
+            cp_async_16(dst, src, max(left, 0) * 2);
+        } else {
+            uint32_t x[4] = { 0, 0, 0, 0 };
+            #pragma unroll
+            for (int e = 0; e < 8; e++)
+                if (e < left) x[e / 2] |= (uint32_t)src[e] << 16 * (e % 2);
+            store_shared_16(dst, make_uint4(x[0], x[1], x[2], x[3]));
+        }
+    }
+}
+
+/* The first `rows` rows and `d` columns back to global memory, by THREADS threads of which this is `thread`. */
+template <int ROWS, int D, int THREADS>
+FA_DEVICE void store_tile(uint32_t tile, int thread, uint16_t *to, int64_t stride, int rows, int d, bool aligned)
+{
+    constexpr int CHUNKS = D / 8, TOTAL = ROWS * CHUNKS;
+    #pragma unroll
+    for (int i = 0; i < (TOTAL + THREADS - 1) / THREADS; i++) {
+        const int at = i * THREADS + thread, row = at / CHUNKS, chunk = at % CHUNKS, left = d - chunk * 8;
+        if (at >= TOTAL || row >= rows || left <= 0) continue;
+        const uint4 x = load_shared_16(tile + tile_offset<D>(row, chunk));
+        uint16_t *dst = to + row * stride + chunk * 8;
+        if (aligned && left >= 8) {
+            *(uint4 *)dst = x;
+        } else {
+            const uint32_t words[4] = { x.x, x.y, x.z, x.w };
+            #pragma unroll
+            for (int e = 0; e < 8; e++)
+                if (e < left) dst[e] = (uint16_t)(words[e / 2] >> 16 * (e % 2));
+        }
+    }
+}
+
+/* Where a lane points ldmatrix for 16 rows x 16 columns; further rows are 2 D bytes each away, further columns step(). */
+template <int D> FA_DEVICE uint32_t lane_a(int lane)        /* left operand, row by row: a0..a3 */
+{
+    return tile_offset<D>(lane & 15, lane >> 4);
+}
+template <int D> FA_DEVICE uint32_t lane_b(int lane)        /* right operand stored [n][k]: b0 b1 of n 0..7, then of n 8..15 */
+{
+    return tile_offset<D>((lane & 7) + (lane >> 4 << 3), lane >> 3 & 1);
+}
+template <int D> FA_DEVICE uint32_t lane_b_trans(int lane)  /* right operand stored [k][n], through ldmatrix_trans: the same */
+{
+    return tile_offset<D>(lane & 15, lane >> 4);
+}
+template <int D> FA_DEVICE uint32_t lane_a_trans(int lane)  /* left operand stored [k][m], through ldmatrix_trans: a0..a3 */
+{
+    return tile_offset<D>((lane & 7) + (lane >> 4 << 3), lane >> 3 & 1);
+}
+
+/* Columns 16 k.. of the same rows. Row offsets leave the xor-ed bits free, so the step is a xor there and a sum above. */
+template <int D> FA_DEVICE uint32_t step(uint32_t address, int k)
+{
+    return D % 64 == 0 ? (address ^ k % 4 * 32) + k / 4 * 128 : (address ^ k % 2 * 32) + k / 2 * 64;
+}
+
+#endif

@@ -1,0 +1,83 @@
+"""compute-sanitizer over a representative set of calls: every kernel and path once, forward and backward.
+
+    python tests/sanitize_cuda.py --shard 1/4 --report benchmarks/results/gpu-sanitize-1-of-4.json
+
+starts itself under each of the four tools with every n-th call, without torch's caching allocator, so that each tensor
+is an allocation of its own.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import gpu_report
+from problem import Problem
+
+TOOLS = {"memcheck": ["--leak-check=no"], "racecheck": [], "initcheck": [], "synccheck": []}
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+
+
+def problems():
+    """(name, problem, shared memory limit in KB or None)."""
+    sizes = dict(b=1, sq=140, sk=150, h=2, hk=1)
+    calls = []
+    for n, d in enumerate(HEAD_DIMS):
+        dtype = (torch.bfloat16, torch.float16)[n % 2]
+        for limit in None, 99:
+            calls += [(Problem(dtype, d=d, causal=True, **sizes), limit),
+                      (Problem(dtype, d=d, softcap=5.0, alibi="head", **sizes), limit),
+                      (Problem(dtype, d=d, dropout_p=0.2, **sizes), limit)]
+    calls += [(Problem(dtype, **options), None) for dtype in (torch.float32, torch.bfloat16) for options in (
+        dict(sq=5, sk=2000, h=2, d=64), dict(sq=70, sk=59, d=59, dv=40, window=(20, 3)),
+        dict(sq=0, sk=5), dict(sq=5, sk=0),
+        dict(seqlens_q=(70, 0, 129), seqlens_k=(20, 5, 150), tail=9, h=4, hk=2, dropout_p=0.1, alibi="batch"),
+        dict(b=2, sq=20, sk=130, seqused_k=(0, 77), d=128))]
+    return [(f"{problem}{f' with {limit} KB' if limit else ''}", problem, limit) for problem, limit in calls]
+
+
+def run(shard):
+    """The calls of a shard, in this process; dq deterministic in every other one."""
+    number, count = gpu_report.parse_shard(shard)
+    for n, (name, problem, limit) in enumerate(problems()[number - 1::count]):
+        print(name, flush=True)
+        os.environ["FLASH_ATTN_SMEM_KB"] = str(limit or "")
+        results = problem.run(device="cuda", deterministic=n % 2 == 0)
+        assert all(x.isfinite().all() for x in (results.out, results.dq, results.dk, results.dv)), name
+
+
+def sanitize(shard):
+    """What each tool found; its output is shown."""
+    failed = []
+    for tool, options in TOOLS.items():
+        command = ["compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "9", "--print-limit", "20",
+                   sys.executable, str(Path(__file__).resolve()), "--run", "--shard", shard]
+        print(" ".join(command), flush=True)
+        if subprocess.run(command, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}).returncode:
+            failed.append(tool)
+    return failed
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shard", default="1/1")
+    parser.add_argument("--report")
+    parser.add_argument("--run", action="store_true", help="the calls themselves, in this process")
+    arguments = parser.parse_args()
+    if arguments.run:
+        return run(arguments.shard)
+    started = time.time()
+    failed = sanitize(arguments.shard)
+    if arguments.report:
+        gpu_report.write(arguments.report, arguments.shard, {
+            "passed": len(TOOLS) - len(failed), "failed": failed, "skipped": {},
+            "command": " ".join(["python", *sys.argv]), "seconds": round(time.time() - started)})
+    sys.exit(f"found errors: {', '.join(failed)}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""GPT-2's training script: it learns through attention, survives a kill, and says what is wrong."""
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import flash_attn
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+import training
+from data import prepare
+from data.vocabulary import load
+from gpt2 import model, train
+
+TRAIN = str(EXAMPLES / "gpt2" / "train.py")
+SHORT = ["--batch", "2", "--context", "32", "--warmup", "4", "--eval-batches", "2"]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1",              # and the package that this process tests:
+                           "PYTHONPATH": str(Path(flash_attn.__file__).parents[1])}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These models are too small to share out; and a run must be compared with one of as many threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    prepare.main(["text", "--source", str(EXAMPLES), "--vocab", "bytes", "--out", str(folder)])
+    return folder
+
+
+def records(out):
+    """The log without what no two runs share: times and rates."""
+    return [{k: v for k, v in record.items() if k not in ("time", "tokens_per_s")}
+            for record in training.read_log(Path(out, "log.jsonl"))]
+
+
+# Learning
+
+def copy_loss(attend, steps=150, batch=32, half=12, vocabulary=16):
+    """A two-layer model's loss, after training, on the second half of sequences that repeat a random half."""
+    torch.manual_seed(0)
+    gpt = model.GPT2(model.Config(vocabulary, 2 * half, layers=2, heads=2, width=64))
+    for block in gpt.blocks:
+        block.attention.attend = attend
+    adam = training.optimiser(gpt, 3e-3, 0.0)
+    for _ in range(steps):
+        ids = torch.randint(vocabulary, (batch, half)).repeat(1, 2)                     # (B, 2 * half)
+        logits = gpt.logits(ids)[:, half - 1:-1]                                        # (B, half, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, half:].flatten())
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    return loss.item()
+
+
+@pytest.mark.parametrize("attention", ["flash", "standard"])
+def test_learns_to_copy_through_attention(attention):
+    assert copy_loss(model.ATTENTION[attention]) < 0.05
+
+
+@pytest.mark.parametrize("attention", ["flash", "standard"])
+@pytest.mark.parametrize("harm", [torch.zeros_like, torch.Tensor.detach], ids=["no output", "no gradients"])
+def test_cannot_copy_without_attention(attention, harm):
+    attend = model.ATTENTION[attention]
+    assert copy_loss(lambda qkv, dropout: harm(attend(qkv, dropout))) > 1.0
+
+
+def test_flash_and_standard_agree_on_loss_and_gradients():
+    ids, results = torch.randint(100, (2, 65)), {}
+    for attention in ("flash", "standard"):
+        torch.manual_seed(0)
+        gpt = model.GPT2(model.Config(100, 64, layers=2, heads=2, width=64, attention=attention))
+        loss = gpt(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        results[attention] = loss.item(), [p.grad for p in gpt.parameters()]
+    (loss, gradients), (wanted_loss, wanted_gradients) = results["flash"], results["standard"]
+    assert loss == pytest.approx(wanted_loss, abs=1e-5)
+    for got, wanted in zip(gradients, wanted_gradients):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_small_and_medium_have_the_published_sizes():
+    sizes = {"small": 124_439_808, "medium": 354_823_168}
+    for preset, size in sizes.items():
+        with torch.device("meta"):
+            gpt = model.GPT2(model.Config(50257, 1024, **model.PRESETS[preset]))
+        assert sum(p.numel() for p in gpt.parameters()) == size
+
+
+# Runs
+
+def test_resumes_bit_for_bit_after_a_kill(data, tmp_path):
+    command = [sys.executable, TRAIN, "--data", str(data), *SHORT, "--steps", "40", "--dropout", "0.1",
+               "--eval-every", "6", "--save-every", "5", "--out"]
+    whole = subprocess.Popen([*command, str(tmp_path / "whole")], env=ONE_THREAD, stdout=subprocess.DEVNULL)
+    killed = subprocess.Popen([*command, str(tmp_path / "killed")], env=ONE_THREAD, stdout=subprocess.DEVNULL)
+    log, step = tmp_path / "killed" / "log.jsonl", random.randrange(6, 36)
+    while killed.poll() is None and not (log.exists() and log.read_text().count("\n") >= step):
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    assert (killed.wait(), whole.wait()) == (-signal.SIGKILL, 0)
+
+    subprocess.run([sys.executable, TRAIN, "--resume", "--out", str(tmp_path / "killed")], env=ONE_THREAD,
+                   stdout=subprocess.DEVNULL, check=True)
+    assert [record["step"] for record in records(tmp_path / "whole")] == list(range(1, 41))
+    assert records(tmp_path / "killed") == records(tmp_path / "whole")
+    weights = [torch.load(tmp_path / run / "checkpoint.pt")["model"] for run in ("whole", "killed")]
+    assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights)))
+
+
+def test_two_processes_train_as_one_with_twice_the_accumulation(data, tmp_path):
+    arguments = ["--data", str(data), *SHORT, "--steps", "6", "--dropout", "0.1", "--out"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, TRAIN, *arguments, str(tmp_path / "two")], env=ONE_THREAD, check=True,
+                   stdout=subprocess.DEVNULL)
+    train.main([*arguments, str(tmp_path / "one"), "--accumulate", "2"])
+    for two, one in zip(records(tmp_path / "two"), records(tmp_path / "one"), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+
+
+# What is wrong, in one line, and nothing lost
+
+@pytest.fixture
+def run(data, tmp_path, monkeypatch):
+    """A finished four-step run of a very small model, and a way to call the script on it."""
+    monkeypatch.setitem(model.PRESETS, "tiny", dict(layers=2, heads=2, width=32))
+    out = tmp_path / "run"
+    train.main(["--data", str(data), *SHORT, "--steps", "4", "--out", str(out)])
+    return out
+
+
+def complaint(*words):
+    """The line that the script ends with; a string as exit code is printed by Python and makes the code 1."""
+    with pytest.raises(SystemExit) as error:
+        train.main([str(word) for word in words])
+    assert str(error.value.code).startswith("error: ") and "\n" not in error.value.code
+    return error.value.code
+
+
+def damaged(data, folder, name, size):
+    shutil.copytree(data, folder)
+    if size is None:
+        (folder / name).unlink()
+    else:
+        os.truncate(folder / name, size)
+    return folder
+
+
+@pytest.mark.parametrize("name, size", [("train.bin", None), ("train.bin", 0), ("val.bin", 11),
+                                        ("meta.json", None), ("meta.json", 20)])
+def test_data_missing_empty_or_cut(run, data, tmp_path, name, size):
+    checkpoint = (run / "checkpoint.pt").read_bytes()
+    broken = damaged(data, tmp_path / "broken", name, size)
+    line = complaint("--resume", "--out", run, "--data", broken, "--steps", 8)
+    assert str(broken / name) in line and "prepare.py" in line
+    assert (run / "checkpoint.pt").read_bytes() == checkpoint
+
+
+def test_checkpoint_of_another_shape(run):
+    checkpoint = (run / "checkpoint.pt").read_bytes()
+    line = complaint("--resume", "--out", run, "--preset", "small", "--steps", 8)
+    assert "another model" in line and "--out" in line
+    assert (run / "checkpoint.pt").read_bytes() == checkpoint
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.99])
+def test_checkpoint_cut_short(run, part):
+    path = run / "checkpoint.pt"
+    os.truncate(path, int(part * path.stat().st_size))
+    log = (run / "log.jsonl").read_bytes()
+    assert "cut short" in complaint("--resume", "--out", run, "--steps", 8)
+    assert (run / "log.jsonl").read_bytes() == log
+
+
+def test_checkpoint_missing_or_in_the_way(run, tmp_path):
+    assert "no checkpoint" in complaint("--resume", "--out", tmp_path / "nowhere")
+    assert "--resume" in complaint("--out", run)
+
+
+def test_full_disk_keeps_the_last_checkpoint(run):
+    before = records(run)
+    checkpoint = (run / "checkpoint.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(checkpoint) // 2, limits[1]))
+    try:
+        line = complaint("--resume", "--out", run, "--steps", 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in line and "--resume continues from step 4" in line
+    assert (run / "checkpoint.pt").read_bytes() == checkpoint and not list(run.glob("*.partial"))
+    train.main(["--resume", "--out", str(run), "--steps", "8"])
+    assert records(run)[:4] == before and len(records(run)) == 8
+
+
+def test_loss_that_is_not_a_number(run, data, tmp_path):
+    line = complaint("--data", data, *SHORT, "--lr", 1e30, "--steps", 20, "--out", tmp_path / "wild")
+    assert "--lr" in line
+
+
+# Data
+
+def token_lists(folder):
+    return [np.fromfile(folder / name, np.uint16).tolist() for name in ("train.bin", "val.bin")]
+
+
+def test_entropy_is_what_prepare_prints(tmp_path, capsys):
+    prepare.main(["text", "--source", str(EXAMPLES), "--vocab", "300", "--out", str(tmp_path)])
+    train_ids, val_ids = token_lists(tmp_path)
+    counts = Counter(train_ids)
+    nats = [-math.log((counts[i] + 1) / (len(train_ids) + 300)) for i in val_ids]
+    printed = capsys.readouterr().out
+    assert f"{math.fsum(nats) / len(nats):.4f} nats per token" in printed
+    assert f"{len(train_ids):,} training and {len(val_ids):,} validation tokens" in printed
+    assert json.loads((tmp_path / "meta.json").read_text())["unigram_entropy"] == pytest.approx(np.mean(nats))
+
+
+@pytest.mark.parametrize("vocab", ["bytes", "300"])
+def test_tokens_decode_to_the_text(tmp_path, vocab):
+    text = "naïve = 'λ'\n\tfor  x in range(3):\n" * 40
+    source, out = tmp_path / "text", tmp_path / "data"
+    source.write_text(text)
+    prepare.main(["text", "--source", str(source), "--vocab", vocab, "--out", str(out)])
+    assert "".join(load(out).decode(ids) for ids in token_lists(out)) == text
+
+
+@pytest.mark.parametrize("words, wanted", [
+    (["--source", "/nowhere"], "no file or folder /nowhere"),
+    (["--vocab", "gpt2", "--gpt2-ranks", "/nowhere"], "tiktoken"),
+    (["--source", os.devnull], "no file or folder"),
+])
+def test_prepare_says_what_is_missing(tmp_path, words, wanted):
+    with pytest.raises(SystemExit, match=wanted):
+        prepare.main(["text", *words, "--out", str(tmp_path)])
