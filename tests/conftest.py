@@ -8,7 +8,7 @@ from hypothesis import settings
 
 from flash_attn import UnsupportedError, _backend, flash_attn_func
 
-settings.register_profile("default", max_examples=150, deadline=None, derandomize=True)
+settings.register_profile("default", max_examples=300, deadline=None, derandomize=True)
 settings.register_profile("long", max_examples=3000, deadline=None, print_blob=True)
 settings.load_profile("default")
 

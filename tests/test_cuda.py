@@ -7,9 +7,8 @@ import torch
 import flash_attn
 from conftest import cuda_problem
 from flash_attn import ArgumentValueError, UnsupportedError, flash_attn_func, flash_attn_varlen_func
-from problem import Inputs, Problem
+from problem import DTYPES, Inputs, Problem
 
-HALF = (torch.float16, torch.bfloat16)
 GIB = 2 ** 30
 
 
@@ -39,7 +38,7 @@ def skip_without_memory(nbytes):
 
 # ---- streams, graphs, devices ----
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_runs_in_the_current_stream(dtype):
     """The inputs appear on that stream only after a long wait; another stream would read zeros."""
     expected_inputs = [random(2, 300, 4, 64, dtype=dtype, seed=seed) for seed in range(3)]
@@ -195,7 +194,7 @@ def heads_first(x):
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", [odd, heads_first], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("which", [*Inputs._fields[:4], "all"])
 @pytest.mark.parametrize("d, dv", [(64, 64), (59, 40), (128, 128), (256, 193)])
@@ -223,7 +222,7 @@ def test_packed_gradients_are_views(d):
 
 # ---- the same bits, every time ----
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
 @pytest.mark.parametrize("options", [
     dict(sq=300, sk=517, h=4, hk=2, causal=True, d=64), dict(sq=257, sk=257, h=2, dropout_p=0.3, d=128),
@@ -248,7 +247,7 @@ AGREEMENT = [
     dict(seqlens_q=(70, 0, 129), seqlens_k=(200, 5, 64), tail=9, dropout_p=0.1, alibi="batch", h=4, hk=2)]
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", AGREEMENT, ids=str)
 def test_agrees_with_the_cpu(dtype, options):
     """Up to the rounding of P and dS, which the CPU keeps in float32."""
@@ -258,7 +257,7 @@ def test_agrees_with_the_cpu(dtype, options):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * largest)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [32, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("rng_state", [(0, 0), (2 ** 62 + 12345, -2 ** 63), (-987654321, 2 ** 40 + 7)], ids=str)
 def test_kernels_drop_what_the_definition_drops(dtype, d, rng_state):
@@ -275,7 +274,7 @@ def test_kernels_drop_what_the_definition_drops(dtype, d, rng_state):
     assert torch.equal(dv.permute(0, 2, 3, 1) > 0, z > 0)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [option for option in AGREEMENT if "dropout_p" in option], ids=str)
 def test_s_dmask_is_the_one_of_the_cpu(dtype, options):
     problem = Problem(dtype, **{"sq": 129, "sk": 201, **options})
@@ -287,11 +286,12 @@ def test_s_dmask_is_the_one_of_the_cpu(dtype, options):
 
 # ---- tiles and splits ----
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [32, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("options", [dict(causal=True), dict(softcap=5.0), dict(dropout_p=0.2)], ids=str)
-def test_tiles_for_small_devices(monkeypatch, d, options):
+def test_tiles_for_small_devices(monkeypatch, dtype, d, options):
     monkeypatch.setenv("FLASH_ATTN_SMEM_KB", "99")
-    Problem(torch.bfloat16, sq=133, sk=201, h=2, hk=1, d=d, **options).check("cuda")
+    Problem(dtype, sq=133, sk=201, h=2, hk=1, d=d, **options).check("cuda")
 
 
 def test_a_device_without_enough_shared_memory_is_refused(monkeypatch):
@@ -301,7 +301,7 @@ def test_a_device_without_enough_shared_memory_is_refused(monkeypatch):
         flash_attn_func(q, q, q)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [
     dict(), dict(causal=True), dict(window=(1000, 50)), dict(softcap=8.0, alibi="head"), dict(dropout_p=0.2),
     dict(hk=1, d=128), dict(d=256), dict(d=59, dv=40), dict(seqused_k=(2999, 7)),

@@ -14,9 +14,9 @@ RNG_STATES = [(0, 0), (1, 2), (-1, -1), (2 ** 62 + 12345, -2 ** 63), (-987654321
 def kept(problem, device, rng_state=None):
     """Which weights our forward keeps, read off v = identity (seqlen_k <= 256)."""
     options = {} if rng_state is None else {"rng_state": torch.tensor(rng_state, device=device)}
-    q = torch.zeros(problem.b, problem.sq, problem.h, 8, device=device)
-    k = torch.zeros(problem.b, problem.sk, problem.h, 8, device=device)
-    v = torch.eye(problem.sk, device=device)[None, :, None].expand(problem.b, -1, problem.h, -1)
+    q = torch.zeros(problem.b, problem.sq, problem.h, 8, device=device, dtype=problem.dtype)
+    k = torch.zeros(problem.b, problem.sk, problem.h, 8, device=device, dtype=problem.dtype)
+    v = torch.eye(problem.sk, device=device, dtype=problem.dtype)[None, :, None].expand(problem.b, -1, problem.h, -1)
     out = flash_attn.flash_attn_func(q, k, v, problem.dropout_p, **options)
     return out.transpose(1, 2).cpu()                    # (b, h, sq, sk): Z / sk
 
@@ -32,9 +32,12 @@ def test_philox_known_answers():
         0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("rng_state", RNG_STATES, ids=str)
-def test_mask_is_the_definition_bit_for_bit(device, rng_state):
-    problem = Problem(b=2, sq=77, sk=150, h=3, dropout_p=0.4)
+def test_mask_is_the_definition_bit_for_bit(device, dtype, rng_state):
+    if device == "cuda" and dtype == torch.float64:
+        pytest.skip("float64 is served on the CPU only")
+    problem = Problem(dtype, b=2, sq=77, sk=150, h=3, dropout_p=0.4)
     z = reference.dropout_mask(torch.tensor(rng_state), 0.4, (2, 3, 77, 150))
     assert torch.equal(kept(problem, device, rng_state) > 0, z > 0)
 

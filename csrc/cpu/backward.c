@@ -25,7 +25,7 @@ struct scratch {
 struct backward {
     struct cpu_plan plan;
     float *dq;                                  /* (rows, d_pad) */
-    float *lse2, *delta;                        /* (rows,) */
+    float *lse, *delta;                         /* (rows,), lse in units of the scores that P is made of */
     int32_t *added;                             /* (row blocks,) items that have added to dq */
     int32_t *prepared;                          /* (b, hk) row blocks whose delta is ready */
     char *scratch;
@@ -34,16 +34,16 @@ struct backward {
 
 static struct scratch take_scratch(const struct cpu_plan *plan, struct cpu_arena *arena)
 {
-    const int64_t d = 4 * plan->d_pad, dv = 4 * plan->dv_pad, tile = 4 * BLOCK_M * BLOCK_N;
+    const int64_t d = 4 * plan->d_pad, dv = 4 * plan->dv_pad, tile = 4 * BACKWARD_M * BACKWARD_N;
     const int64_t widest = d > dv ? d : dv;
     struct scratch t;
-    t.k = fa_cpu_take(arena, BLOCK_N * widest);                 /* V rows pass through it first */
-    t.k_panels = fa_cpu_take(arena, BLOCK_N * d);
-    t.v_panels = fa_cpu_take(arena, BLOCK_N * dv);
-    t.dk = fa_cpu_take(arena, BLOCK_N * d);
-    t.dv = fa_cpu_take(arena, BLOCK_N * dv);
-    t.q = fa_cpu_take(arena, BLOCK_M * widest);                 /* delta's pass loads out here */
-    t.dout = fa_cpu_take(arena, BLOCK_M * dv);
+    t.k = fa_cpu_take(arena, BACKWARD_N * widest);                 /* V rows pass through it first */
+    t.k_panels = fa_cpu_take(arena, BACKWARD_N * d);
+    t.v_panels = fa_cpu_take(arena, BACKWARD_N * dv);
+    t.dk = fa_cpu_take(arena, BACKWARD_N * d);
+    t.dv = fa_cpu_take(arena, BACKWARD_N * dv);
+    t.q = fa_cpu_take(arena, BACKWARD_M * widest);                 /* delta's pass loads out here */
+    t.dout = fa_cpu_take(arena, BACKWARD_M * dv);
     t.s = fa_cpu_take(arena, tile);
     t.ds = fa_cpu_take(arena, tile);
     t.z = plan->keep256 < 256 ? fa_cpu_take(arena, tile) : NULL;
@@ -53,9 +53,9 @@ static struct scratch take_scratch(const struct cpu_plan *plan, struct cpu_arena
 
 static struct backward make_backward(const struct fa_params *p, struct cpu_arena *arena)
 {
-    struct backward job = { .plan = fa_cpu_make_plan(p, arena) };
+    struct backward job = { .plan = fa_cpu_make_plan(FA_BACKWARD, p, arena) };
     job.dq = fa_cpu_take(arena, 4 * job.plan.total.rows * job.plan.d_pad);
-    job.lse2 = fa_cpu_take(arena, 4 * job.plan.total.rows);
+    job.lse = fa_cpu_take(arena, 4 * job.plan.total.rows);
     job.delta = fa_cpu_take(arena, 4 * job.plan.total.rows);
     job.added = fa_cpu_take(arena, 4 * job.plan.total.row_blocks);
     job.prepared = fa_cpu_take(arena, 4 * p->b * p->hk);
@@ -75,7 +75,7 @@ static struct scratch scratch_of(const struct backward *job, int64_t thread)
 /* The counter of a row block of an item's key/value head. */
 static int32_t *added_to(const struct backward *job, const struct cpu_item *item, int64_t block)
 {
-    const int64_t per_head = fa_blocks(job->plan.group * item->seq.sq, BLOCK_M);
+    const int64_t per_head = fa_blocks(job->plan.group * item->seq.sq, BACKWARD_M);
     return job->added + job->plan.before[item->b].row_blocks + item->kv_head * per_head + block;
 }
 
@@ -93,14 +93,14 @@ static void store_dq(const struct backward *job, const struct cpu_rows *rows, co
         plan->ops->store_row(fa_cpu_row_at(plan, rows, &p->dq, r), p->dtype, dq + r * plan->d_pad, p->d, (float)p->scale);
 }
 
-/* Delta, and the lse in powers of two. A row without keys gets lse2 = +inf: every P is 0. */
+/* Delta, and the lse as the scores count. A row without keys gets lse = +inf: every P is 0. */
 static void prepare_rows(const struct backward *job, int64_t thread, int64_t index)
 {
     const struct cpu_plan *plan = &job->plan;
     const struct fa_params *p = plan->p;
     const struct scratch t = scratch_of(job, thread);
     const struct cpu_item item = fa_cpu_row_item(plan, index);
-    const int64_t first = item.first_row + item.block * BLOCK_M;
+    const int64_t first = item.first_row + item.block * BACKWARD_M;
     struct cpu_rows rows;
     fa_cpu_make_rows(plan, &item, item.block, &rows);
     fa_cpu_load_rows(plan, &rows, &p->out, p->d_v, t.q, plan->dv_pad);
@@ -108,7 +108,7 @@ static void prepare_rows(const struct backward *job, int64_t thread, int64_t ind
     for (int64_t r = 0; r < rows.count; r++) {
         const float lse = load_lse(&p->lse, &rows, r), dlse = p->dlse.ptr ? load_lse(&p->dlse, &rows, r) : 0;
         const bool empty = isinf(lse);
-        job->lse2[first + r] = empty ? INFINITY : lse * (float)FA_LOG2E;
+        job->lse[first + r] = empty ? INFINITY : (float)(lse * FA_LOG2E / plan->exponent_scale);
         job->delta[first + r] = empty ? 0 : plan->ops->dot(t.q + r * plan->dv_pad, t.dout + r * plan->dv_pad, plan->dv_pad) - dlse;
     }
     *added_to(job, &item, item.block) = 0;
@@ -126,28 +126,28 @@ static void tile(const struct backward *job, const struct scratch *t, const stru
 {
     const struct cpu_plan *plan = &job->plan;
     const struct fa_cpu_ops *ops = plan->ops;
-    const int64_t j0 = item->block * BLOCK_N, m = rows->count, n = fa_pad(count, FA_CHANNEL_PAD), nr = ops->nr;
-    const int64_t d = plan->d_pad, dv = plan->dv_pad, row = item->first_row + block * BLOCK_M;
-    const struct fa_result s = { t->s, BLOCK_N }, ds = { t->ds, BLOCK_N };
+    const int64_t j0 = item->block * BACKWARD_N, m = rows->count, n = fa_pad(count, FA_CHANNEL_PAD), nr = ops->nr;
+    const int64_t d = plan->d_pad, dv = plan->dv_pad, row = item->first_row + block * BACKWARD_M;
+    const struct fa_result s = { t->s, BACKWARD_N }, ds = { t->ds, BACKWARD_N };
     fa_cpu_load_rows(plan, rows, &plan->p->q, plan->p->d, t->q, d);
     fa_cpu_load_rows(plan, rows, &plan->p->dout, plan->p->d_v, t->dout, dv);
 
     ops->gemm(s, (struct fa_left){ t->q, d, 1 }, (struct fa_right){ t->k_panels, nr, nr * d }, m, n, plan->p->d, false);
     ops->gemm(ds, (struct fa_left){ t->dout, dv, 1 }, (struct fa_right){ t->v_panels, nr, nr * dv }, m, n, plan->p->d_v, false);
-    fa_cpu_modify_scores(plan, rows, s, j0, n, t->derivative);
-    if (t->z) fa_cpu_dropout_mask(plan, rows, t->z, BLOCK_N, j0, n);
-    ops->softmax_backward(s, ds, m, n, plan->exponent_scale, job->lse2 + row, job->delta + row, t->z, t->derivative);
+    fa_cpu_modify_scores(plan, rows, 0, s, j0, n, t->derivative);
+    if (t->z) fa_cpu_dropout_mask(plan, rows, 0, t->z, BACKWARD_N, j0, n);
+    ops->softmax_backward(s, ds, m, n, plan->exponent_scale, job->lse + row, job->delta + row, t->z, t->derivative);
 
-    const struct fa_left p_t = { t->s, 1, BLOCK_N }, ds_t = { t->ds, 1, BLOCK_N };
+    const struct fa_left p_t = { t->s, 1, BACKWARD_N }, ds_t = { t->ds, 1, BACKWARD_N };
     ops->gemm((struct fa_result){ t->dv, dv }, p_t, (struct fa_right){ t->dout, dv, nr }, count, dv, m, true);
     ops->gemm((struct fa_result){ t->dk, d }, ds_t, (struct fa_right){ t->q, d, nr }, count, d, m, true);
 
-    const int32_t turn = (int32_t)(item->block - rows->hull.first / BLOCK_N);   /* items that add before this one */
+    const int32_t turn = (int32_t)(item->block - rows->hull.first / BACKWARD_N);   /* items that add before this one */
     int32_t *added = added_to(job, item, block);
     fa_wait_for(added, turn);
-    ops->gemm((struct fa_result){ job->dq + row * d, d }, (struct fa_left){ t->ds, BLOCK_N, 1 },
+    ops->gemm((struct fa_result){ job->dq + row * d, d }, (struct fa_left){ t->ds, BACKWARD_N, 1 },
               (struct fa_right){ t->k, d, nr }, m, d, count, turn > 0);
-    if (item->block == (rows->hull.last - 1) / BLOCK_N) store_dq(job, rows, job->dq + row * d);
+    if (item->block == (rows->hull.last - 1) / BACKWARD_N) store_dq(job, rows, job->dq + row * d);
     else fa_advance(added);
 }
 
@@ -155,7 +155,7 @@ static void load_keys(const struct backward *job, const struct scratch *t, const
 {
     const struct cpu_plan *plan = &job->plan;
     const struct fa_params *p = plan->p;
-    const int64_t j0 = item->block * BLOCK_N, size = (int64_t)fa_sizeof(p->dtype);
+    const int64_t j0 = item->block * BACKWARD_N, size = (int64_t)fa_sizeof(p->dtype);
     const char *k = (char *)p->k.ptr + size * fa_offset(&p->k, item->b, item->seq.k0, j0, item->kv_head);
     const char *v = (char *)p->v.ptr + size * fa_offset(&p->v, item->b, item->seq.k0, j0, item->kv_head);
     plan->ops->load_rows(t->k, plan->dv_pad, v, p->dtype, p->v.stride_s, count, p->d_v);
@@ -170,8 +170,8 @@ static void differentiate(const struct backward *job, int64_t thread, int64_t in
     const struct fa_params *p = plan->p;
     const struct scratch t = scratch_of(job, thread);
     const struct cpu_item item = fa_cpu_key_item(plan, index);
-    const int64_t j0 = item.block * BLOCK_N, left = item.seq.sk - j0, count = left < BLOCK_N ? left : BLOCK_N;
-    const int64_t row_blocks = fa_blocks(plan->group * item.seq.sq, BLOCK_M);
+    const int64_t j0 = item.block * BACKWARD_N, left = item.seq.sk - j0, count = left < BACKWARD_N ? left : BACKWARD_N;
+    const int64_t row_blocks = fa_blocks(plan->group * item.seq.sq, BACKWARD_M);
     load_keys(job, &t, &item, count);
     memset(t.dk, 0, (size_t)(4 * count * plan->d_pad));
     memset(t.dv, 0, (size_t)(4 * count * plan->dv_pad));

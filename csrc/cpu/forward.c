@@ -4,7 +4,7 @@
  *
  * The first items turn every key block into fp32 operands once: K transposed in panels, V in rows; 4 (d + dv) bytes a key
  * and key/value head. Each of the others is one block of rows, which waits for its head's keys, then walks over those it
- * can see. S (72 KB) and O stay in L1 and L2. The products take about 85 % of the time at d = 64, exp2 most of the rest. */
+ * can see. S (96 KB) and O stay in L2. The products take about 85 % of the time at d = 64, exp2 most of the rest. */
 #include <math.h>
 #include <string.h>
 
@@ -25,16 +25,16 @@ static struct scratch take_scratch(const struct cpu_plan *plan, struct cpu_arena
 {
     struct scratch t;
     const int64_t channels = plan->d_pad > plan->dv_pad ? plan->d_pad : plan->dv_pad;
-    t.q = fa_cpu_take(arena, 4 * BLOCK_M * plan->d_pad);
-    t.s = fa_cpu_take(arena, 4 * BLOCK_M * BLOCK_N);
-    t.o = fa_cpu_take(arena, 4 * BLOCK_N * channels);           /* pack_keys loads K rows here */
-    t.z = plan->keep256 < 256 ? fa_cpu_take(arena, 4 * BLOCK_M * BLOCK_N) : NULL;
+    t.q = fa_cpu_take(arena, 4 * FORWARD_M * plan->d_pad);
+    t.s = fa_cpu_take(arena, 4 * FORWARD_M * FORWARD_N);
+    t.o = fa_cpu_take(arena, 4 * FORWARD_M * channels);           /* pack_keys loads K rows here */
+    t.z = plan->keep256 < 256 ? fa_cpu_take(arena, 4 * FORWARD_M * FORWARD_N) : NULL;
     return t;
 }
 
 static struct forward make_forward(const struct fa_params *p, struct cpu_arena *arena)
 {
-    struct forward job = { .plan = fa_cpu_make_plan(p, arena) };
+    struct forward job = { .plan = fa_cpu_make_plan(FA_FORWARD, p, arena) };
     job.k_panels = fa_cpu_take(arena, 4 * job.plan.total.keys * job.plan.d_pad);
     job.v_rows = fa_cpu_take(arena, 4 * job.plan.total.keys * job.plan.dv_pad);
     job.packed = fa_cpu_take(arena, 4 * p->b * p->hk);
@@ -62,7 +62,7 @@ static void pack_keys(const struct forward *job, int64_t thread, int64_t index)
     const struct cpu_plan *plan = &job->plan;
     const struct fa_params *p = plan->p;
     const struct cpu_item item = fa_cpu_key_item(plan, index);
-    const int64_t j0 = item.block * BLOCK_N, left = item.seq.sk - j0, count = left < BLOCK_N ? left : BLOCK_N;
+    const int64_t j0 = item.block * FORWARD_N, left = item.seq.sk - j0, count = left < FORWARD_N ? left : FORWARD_N;
     const int64_t key = first_key(plan, &item) + j0, size = (int64_t)fa_sizeof(p->dtype);
     const char *k = (char *)p->k.ptr + size * fa_offset(&p->k, item.b, item.seq.k0, j0, item.kv_head);
     const char *v = (char *)p->v.ptr + size * fa_offset(&p->v, item.b, item.seq.k0, j0, item.kv_head);
@@ -79,8 +79,8 @@ static void store_rows(const struct cpu_plan *plan, const struct cpu_rows *rows,
     for (int64_t r = 0; r < rows->count; r++) {
         const bool empty = sum[r] == 0;                         /* no visible key; NaN is not empty */
         plan->ops->store_row(fa_cpu_row_at(plan, rows, &p->out, r), p->dtype, o + r * plan->dv_pad, p->d_v, empty ? 0 : 1 / sum[r]);
-        ((float *)p->lse.ptr)[fa_offset(&p->lse, rows->b, rows->seq.q0, rows->i[r], rows->head[r])] =
-            empty ? -INFINITY : (float)FA_LN2 * (max[r] * plan->exponent_scale + log2f(sum[r]));
+        const double lse = (double)max[r] * plan->exponent_scale * FA_LN2 + log(sum[r]);
+        ((float *)p->lse.ptr)[fa_offset(&p->lse, rows->b, rows->seq.q0, rows->i[r], rows->head[r])] = empty ? -INFINITY : (float)lse;
     }
 }
 
@@ -95,25 +95,30 @@ static void attend(const struct forward *job, int64_t thread, int64_t index)
     fa_cpu_make_rows(plan, &item, item.block, &rows);
     fa_cpu_load_rows(plan, &rows, &plan->p->q, plan->p->d, t.q, plan->d_pad);
 
-    const struct fa_result s = { t.s, BLOCK_N }, o = { t.o, plan->dv_pad };
-    float max[BLOCK_M], sum[BLOCK_M] = {0};
+    const struct fa_result s = { t.s, FORWARD_N };
+    const bool causal_run = rows.head[0] == rows.head[rows.count - 1];      /* one head: later rows see no fewer keys */
+    float max[FORWARD_M], sum[FORWARD_M] = {0};
     for (int64_t r = 0; r < rows.count; r++) max[r] = -INFINITY;
     memset(t.o, 0, (size_t)(4 * rows.count * plan->dv_pad));
-    fa_wait_for(&job->packed[item.b * plan->p->hk + item.kv_head], (int32_t)fa_blocks(item.seq.sk, BLOCK_N));
+    fa_wait_for(&job->packed[item.b * plan->p->hk + item.kv_head], (int32_t)fa_blocks(item.seq.sk, FORWARD_N));
 
-    for (int64_t j0 = rows.hull.first / KEY_ALIGN * KEY_ALIGN; j0 < rows.hull.last; j0 += BLOCK_N) {
-        const int64_t left = rows.hull.last - j0, count = left < BLOCK_N ? left : BLOCK_N;
-        const int64_t n = fa_pad(count, FA_CHANNEL_PAD);
+    int64_t first = 0, step;                                    /* rows before see none of the keys from j0 on */
+    for (int64_t j0 = rows.hull.first / KEY_ALIGN * KEY_ALIGN; j0 < rows.hull.last; j0 += step) {
+        while (causal_run && rows.keys[first].last <= j0) first++;
+        step = rows.keys[first].last < j0 + FORWARD_N ? KEY_ALIGN : FORWARD_N;      /* small steps along the diagonal */
+        const int64_t left = rows.hull.last - j0, count = left < step ? left : step;
+        const int64_t m = rows.count - first, n = fa_pad(count, FA_CHANNEL_PAD);
         const struct fa_right k = { job->k_panels + (key + j0) * plan->d_pad, nr, nr * plan->d_pad };
         const struct fa_right v = { job->v_rows + (key + j0) * plan->dv_pad, plan->dv_pad, nr };
-        ops->gemm(s, (struct fa_left){ t.q, plan->d_pad, 1 }, k, rows.count, n, plan->p->d, false);     /* S = Q K^T */
-        fa_cpu_modify_scores(plan, &rows, s, j0, n, NULL);
-        ops->online_softmax(s, rows.count, n, plan->exponent_scale, max, sum, o, plan->dv_pad);
+        const struct fa_result o = { t.o + first * plan->dv_pad, plan->dv_pad };
+        ops->gemm(s, (struct fa_left){ t.q + first * plan->d_pad, plan->d_pad, 1 }, k, m, n, plan->p->d, false);    /* S = Q K^T */
+        fa_cpu_modify_scores(plan, &rows, first, s, j0, n, NULL);
+        ops->online_softmax(s, m, n, plan->exponent_scale, max + first, sum + first, o, plan->dv_pad);
         if (t.z) {
-            fa_cpu_dropout_mask(plan, &rows, t.z, BLOCK_N, j0, n);
-            ops->multiply(s, rows.count, n, t.z);
+            fa_cpu_dropout_mask(plan, &rows, first, t.z, FORWARD_N, j0, n);
+            ops->multiply(s, m, n, t.z);
         }
-        ops->gemm(o, (struct fa_left){ t.s, BLOCK_N, 1 }, v, rows.count, plan->dv_pad, count, true);    /* O += P V */
+        ops->gemm(o, (struct fa_left){ t.s, FORWARD_N, 1 }, v, m, plan->dv_pad, count, true);                       /* O += P V */
     }
     store_rows(plan, &rows, t.o, max, sum);
 }

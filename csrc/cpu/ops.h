@@ -37,9 +37,9 @@ struct fa_cpu_ops {
      * max, sum and the rows of O (rows, channels) are brought up to date with the new maximum. */
     void (*online_softmax)(struct fa_result s, int64_t rows, int64_t n, float scale, float *max, float *sum,
                            struct fa_result o, int64_t channels);
-    /* P = exp2(scale S - lse2), dS = P (Z dP - delta) D, P Z. In place: S becomes P Z, dP becomes dS; Z and D may be NULL. */
+    /* P = exp2(scale (S - lse)), dS = P (Z dP - delta) D, P Z. In place: S becomes P Z, dP becomes dS; Z and D may be NULL. */
     void (*softmax_backward)(struct fa_result s, struct fa_result dp, int64_t rows, int64_t n, float scale,
-                             const float *lse2, const float *delta, const float *z, const float *d);
+                             const float *lse, const float *delta, const float *z, const float *d);
 
     /* S <- outer tanh(inner S); derivative, if wanted, <- 1 - tanh^2, laid out as S. */
     void (*softcap)(struct fa_result s, int64_t rows, int64_t n, float inner, float outer, float *derivative);

@@ -4,7 +4,8 @@
  * Product: a 6 x NV tile of C stays in registers over the whole k loop; per k it costs NV loads, 6 broadcasts, 6 NV FMAs.
  *   AVX-512 (24 accumulators of 32): 185-192 GFLOP/s on a 3 GHz Xeon core; 8x2 172-183, 8x3 173-182, 4x4 165-173,
  *   14x2 182-198 but a tail of 14 rows. AVX2 (12 of 16): 6x2.
- * exp2: x = n + f, 2^f = 1 + f q(f) with q of degree 4, relative error 1e-7; results below 2^-126 are exactly 0. */
+ * exp2: x = n + f, 2^f = 1 + f q(f) with q of degree 4, relative error 1e-7; results below 2^-126 are exactly 0.
+ * Its argument is (s - max) scale, not one FMA of s: with scores of 1e12 the rounding of max scale would be the result. */
 
 #include <string.h>
 #include "ops.h"
@@ -64,10 +65,11 @@ INLINE vf exp2_minus_1(vf f)
     return q * f;
 }
 
-/* The constant is the first argument of max and min: a NaN in x comes through. */
+/* 2^x for x <= 0, where rounding may have left it a little above. The constant is the first argument of max and min: a NaN
+ * in x comes through. */
 INLINE vf exp2_of(vf x)
 {
-    vf power, f = split(vmin(broadcast(128), vmax(broadcast(-127), x)), &power);
+    vf power, f = split(vmin(broadcast(0), vmax(broadcast(-127), x)), &power);
     return vfma(exp2_minus_1(f), power, power);
 }
 
@@ -126,6 +128,9 @@ INLINE void load_rows_as(float *dst, int64_t ld, const char *src, enum fa_dtype 
 {
     const int64_t size = dtype == FA_FLOAT32 ? 4 : 2;
     for (int64_t r = 0; r < rows; r++, dst += ld, src += stride * size) {
+        /* Rows of one head often lie a page apart, where the hardware does not prefetch. */
+        if (r + 4 < rows)
+            for (int64_t line = 0; line < n * size; line += 64) __builtin_prefetch(src + 4 * stride * size + line);
         int64_t at = 0;
         for (; at + VL <= n; at += VL) store(dst + at, load_as(src, dtype, at));
         if (at < n) {
@@ -276,10 +281,10 @@ static void online_softmax(struct fa_result s, int64_t rows, int64_t n, float sc
             sum[r] *= alpha;
             max[r] = block_max;
         }
-        const float shift = max[r] == -__builtin_inff() ? 0 : max[r] * scale;     /* no visible key yet: every p is 0 */
+        const float shift = max[r] == -__builtin_inff() ? 0 : max[r];             /* no visible key yet: every p is 0 */
         vf row_sum = broadcast(0);
         for (int64_t j = 0; j < n; j += VL) {
-            vf p = exp2_of(vfma(load(s.ptr + j), broadcast(scale), broadcast(-shift)));
+            vf p = exp2_of((load(s.ptr + j) - broadcast(shift)) * broadcast(scale));
             store(s.ptr + j, p);
             row_sum = row_sum + p;
         }
@@ -288,12 +293,12 @@ static void online_softmax(struct fa_result s, int64_t rows, int64_t n, float sc
 }
 
 INLINE void softmax_backward_rows(struct fa_result s, struct fa_result dp, int64_t rows, int64_t n, float scale,
-                                  const float *lse2, const float *delta, const float *z, const float *d)
+                                  const float *lse, const float *delta, const float *z, const float *d)
 {
     for (int64_t r = 0; r < rows; r++) {
         float *s_row = s.ptr + r * s.row, *dp_row = dp.ptr + r * dp.row;
         for (int64_t j = 0; j < n; j += VL) {
-            vf p = exp2_of(vfma(load(s_row + j), broadcast(scale), broadcast(-lse2[r])));
+            vf p = exp2_of((load(s_row + j) - broadcast(lse[r])) * broadcast(scale));
             vf g = load(dp_row + j), kept = p;
             if (z) {
                 vf mask = load(z + r * s.row + j);
@@ -309,10 +314,10 @@ INLINE void softmax_backward_rows(struct fa_result s, struct fa_result dp, int64
 }
 
 static void softmax_backward(struct fa_result s, struct fa_result dp, int64_t rows, int64_t n, float scale,
-                             const float *lse2, const float *delta, const float *z, const float *d)
+                             const float *lse, const float *delta, const float *z, const float *d)
 {
-    if (!z && !d) softmax_backward_rows(s, dp, rows, n, scale, lse2, delta, NULL, NULL);
-    else softmax_backward_rows(s, dp, rows, n, scale, lse2, delta, z, d);
+    if (!z && !d) softmax_backward_rows(s, dp, rows, n, scale, lse, delta, NULL, NULL);
+    else softmax_backward_rows(s, dp, rows, n, scale, lse, delta, z, d);
 }
 
 /* ------------------------------------------------------------------------------------------------- score rows */

@@ -12,11 +12,13 @@ void *fa_cpu_take(struct cpu_arena *arena, int64_t bytes)
     return start;
 }
 
-struct cpu_plan fa_cpu_make_plan(const struct fa_params *p, struct cpu_arena *arena)
+struct cpu_plan fa_cpu_make_plan(enum fa_pass pass, const struct fa_params *p, struct cpu_arena *arena)
 {
-    const bool natural = p->softcap > 0 || p->alibi || p->scale <= 0;   /* scores pass through natural units */
+    /* Scores pass through natural units; also where lse / scale might overflow. */
+    const bool natural = p->softcap > 0 || p->alibi || p->scale < 1e-20;
     struct cpu_plan plan = {
         .p = p, .ops = fa_cpu_ops(), .group = p->h / p->hk,
+        .block_m = pass == FA_FORWARD ? FORWARD_M : BACKWARD_M, .block_n = pass == FA_FORWARD ? FORWARD_N : BACKWARD_N,
         .d_pad = fa_pad(p->d, FA_CHANNEL_PAD), .dv_pad = fa_pad(p->d_v, FA_CHANNEL_PAD),
         .exponent_scale = (float)(natural ? FA_LOG2E : p->scale * FA_LOG2E),
         .scale_first = natural && !(p->softcap > 0),
@@ -30,8 +32,8 @@ struct cpu_plan fa_cpu_make_plan(const struct fa_params *p, struct cpu_arena *ar
     for (int64_t b = 0; b < p->b; b++) {
         const struct fa_sequence seq = fa_sequence_of(p, b);
         if (plan.before) plan.before[b] = plan.total;
-        plan.total.row_blocks += p->hk * fa_blocks(plan.group * seq.sq, BLOCK_M);
-        plan.total.key_blocks += p->hk * fa_blocks(seq.sk, BLOCK_N);
+        plan.total.row_blocks += p->hk * fa_blocks(plan.group * seq.sq, plan.block_m);
+        plan.total.key_blocks += p->hk * fa_blocks(seq.sk, plan.block_n);
         plan.total.rows += p->h * seq.sq;
         plan.total.keys += p->hk * fa_pad(seq.sk, plan.ops->nr);
     }
@@ -60,7 +62,7 @@ static struct cpu_item locate(const struct cpu_plan *plan, int64_t index, bool o
 struct cpu_item fa_cpu_row_item(const struct cpu_plan *plan, int64_t index)
 {
     struct cpu_item item = locate(plan, index, false);
-    item.block = fa_blocks(plan->group * item.seq.sq, BLOCK_M) - 1 - item.block;
+    item.block = fa_blocks(plan->group * item.seq.sq, plan->block_m) - 1 - item.block;
     return item;
 }
 
@@ -72,10 +74,10 @@ struct cpu_item fa_cpu_key_item(const struct cpu_plan *plan, int64_t index)
 
 void fa_cpu_make_rows(const struct cpu_plan *plan, const struct cpu_item *item, int64_t block, struct cpu_rows *rows)
 {
-    const int64_t start = block * BLOCK_M, left = plan->group * item->seq.sq - start;
+    const int64_t start = block * plan->block_m, left = plan->group * item->seq.sq - start;
     rows->b = item->b;
     rows->seq = item->seq;
-    rows->count = left < BLOCK_M ? left : BLOCK_M;
+    rows->count = left < plan->block_m ? left : plan->block_m;
     rows->hull = (struct fa_range){ item->seq.sk, 0 };
     int64_t head = item->kv_head * plan->group + start / item->seq.sq, i = start % item->seq.sq;
     for (int64_t r = 0; r < rows->count; r++) {
@@ -106,38 +108,38 @@ static void hide(float *s, int64_t from, int64_t to)
     for (int64_t j = from; j < to; j++) s[j] = -INFINITY;
 }
 
-void fa_cpu_modify_scores(const struct cpu_plan *plan, const struct cpu_rows *rows, struct fa_result s,
+void fa_cpu_modify_scores(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, struct fa_result s,
                           int64_t j0, int64_t n, float *derivative)
 {
     const struct fa_params *p = plan->p;
     const struct fa_cpu_ops *ops = plan->ops;
     if (p->softcap > 0)
-        ops->softcap(s, rows->count, n, (float)(p->scale / p->softcap), (float)p->softcap, derivative);
+        ops->softcap(s, rows->count - row, n, (float)(p->scale / p->softcap), (float)p->softcap, derivative);
     else if (plan->scale_first)
-        ops->scale(s, rows->count, n, (float)p->scale);
-    for (int64_t r = 0; r < rows->count; r++) {
-        float *row = s.ptr + r * s.row;
+        ops->scale(s, rows->count - row, n, (float)p->scale);
+    for (int64_t r = row; r < rows->count; r++, s.ptr += s.row) {
         if (p->alibi)
-            ops->alibi_row(row, n, p->alibi[rows->b * p->alibi_stride_b + rows->head[r]],
+            ops->alibi_row(s.ptr, n, p->alibi[rows->b * p->alibi_stride_b + rows->head[r]],
                            (float)(rows->i[r] + rows->seq.sk - rows->seq.sq - j0));
         const int64_t first = rows->keys[r].first - j0, last = rows->keys[r].last - j0;
-        if (first > 0) hide(row, 0, first < n ? first : n);
-        if (last < n) hide(row, last > 0 ? last : 0, n);
+        if (first > 0) hide(s.ptr, 0, first < n ? first : n);
+        if (last < n) hide(s.ptr, last > 0 ? last : 0, n);
     }
 }
 
-void fa_cpu_dropout_mask(const struct cpu_plan *plan, const struct cpu_rows *rows, float *z, int64_t ld, int64_t j0, int64_t n)
+void fa_cpu_dropout_mask(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, float *z, int64_t ld,
+                         int64_t j0, int64_t n)
 {
     const float kept = 256.0f / (float)plan->keep256;
-    for (int64_t r = 0, end; r < rows->count; r = end) {        /* runs of rows in one piece */
+    for (int64_t r = row, end; r < rows->count; r = end) {      /* runs of rows in one piece */
         const int64_t head = rows->head[r], piece_i = rows->i[r] / FA_PIECE;
         for (end = r + 1; end < rows->count && rows->head[end] == head && rows->i[end] / FA_PIECE == piece_i; end++) {}
         for (int64_t j = 0; j < n; j += FA_PIECE) {
             float piece[FA_PIECE * FA_PIECE];
             plan->ops->dropout_piece(piece, plan->seed, plan->offset, (uint32_t)(rows->b * plan->p->h + head),
                                      (uint32_t)piece_i, (uint32_t)((j0 + j) / FA_PIECE), plan->keep256, kept);
-            for (int64_t row = r; row < end; row++)
-                memcpy(z + row * ld + j, piece + rows->i[row] % FA_PIECE * FA_PIECE, FA_PIECE * sizeof *z);
+            for (int64_t x = r; x < end; x++)
+                memcpy(z + (x - row) * ld + j, piece + rows->i[x] % FA_PIECE * FA_PIECE, FA_PIECE * sizeof *z);
         }
     }
 }

@@ -1,7 +1,7 @@
 /* cpu/plan.h: how a call is cut into items, where its scratch lies, and what a block of rows sees.
  *
  * The query rows of a group (the heads that share a key/value head) are one run of group * sq rows: row r is position
- * r % sq of head r / sq. A row block is BLOCK_M such rows, a key block BLOCK_N keys; both depend on the problem alone,
+ * r % sq of head r / sq. A row block is so many such rows, a key block so many keys; both depend on the problem alone,
  * never on the threads, so results are bit-reproducible. */
 #ifndef FA_CPU_PLAN_H
 #define FA_CPU_PLAN_H
@@ -11,9 +11,13 @@
 #define FA_LOG2E 1.4426950408889634
 #define FA_LN2   0.6931471805599453
 
+/* Rows come in multiples of the product's 6. Measured at S 512 and 1k, d 64 and 128, one Xeon core:
+ *   forward     192 x 128 (S 96 KB) 161-176 GFLOP/s; 96 x 128 161-171; 96 x 192 144-169; 48 x 192 140-158
+ *   backward    96 x 192 (P and dS 144 KB) 163-187; 96 x 256 181-191 but fewer items; 96 x 128 184-186 */
 enum {
-    BLOCK_M = 96,       /* a multiple of the product's 6 rows; Q, dO and O of a block stay in L1 and L2 */
-    BLOCK_N = 192,      /* three panels of 64; S is 72 KB */
+    FORWARD_M = 192, FORWARD_N = 128,
+    BACKWARD_M = 96, BACKWARD_N = 192,
+    MOST_ROWS = 192,
     KEY_ALIGN = 64,     /* key blocks start at multiples of this: of any panel and of a dropout piece */
 };
 
@@ -25,9 +29,10 @@ struct cpu_sums {
 struct cpu_plan {
     const struct fa_params *p;
     const struct fa_cpu_ops *ops;
+    int64_t block_m, block_n;           /* rows, keys of a block in this pass */
     int64_t group;                      /* query heads per key/value head */
     int64_t d_pad, dv_pad;              /* channels of fp32 copies */
-    float exponent_scale;               /* P = exp2(exponent_scale * score - ...) */
+    float exponent_scale;               /* P = exp2(exponent_scale (score - ...)) */
     bool scale_first;                   /* scores are multiplied by `scale` before anything else */
     uint64_t seed, offset;              /* dropout */
     int keep256;
@@ -39,7 +44,7 @@ struct cpu_plan {
 struct cpu_arena { char *base; int64_t used; };
 void *fa_cpu_take(struct cpu_arena *arena, int64_t bytes);
 
-struct cpu_plan fa_cpu_make_plan(const struct fa_params *p, struct cpu_arena *arena);
+struct cpu_plan fa_cpu_make_plan(enum fa_pass pass, const struct fa_params *p, struct cpu_arena *arena);
 
 /* One item: block `block` of key/value head `kv_head` of sequence `b`. Blocks come last first: longest first if causal. */
 struct cpu_item { int64_t b, kv_head, block, first_row; struct fa_sequence seq; };
@@ -52,8 +57,8 @@ static inline int64_t fa_pad(int64_t n, int64_t to) { return fa_blocks(n, to) * 
 struct cpu_rows {
     int64_t b, count;
     struct fa_sequence seq;
-    int64_t head[BLOCK_M], i[BLOCK_M];
-    struct fa_range keys[BLOCK_M];      /* visible to each row */
+    int64_t head[MOST_ROWS], i[MOST_ROWS];
+    struct fa_range keys[MOST_ROWS];     /* visible to each row */
     struct fa_range hull;               /* and to any of them */
 };
 void fa_cpu_make_rows(const struct cpu_plan *plan, const struct cpu_item *item, int64_t block, struct cpu_rows *rows);
@@ -67,11 +72,13 @@ static inline void *fa_cpu_row_at(const struct cpu_plan *plan, const struct cpu_
 }
 
 /* Every change of a score between Q K^T and the softmax, in the order of DESIGN's equations: scale, softcap, ALiBi, then
- * -inf for each key that its row does not see. Columns are keys j0 .. j0 + n. `derivative` (softcap only) is optional. */
-void fa_cpu_modify_scores(const struct cpu_plan *plan, const struct cpu_rows *rows, struct fa_result s,
+ * -inf for each key that its row does not see. Rows of s are those of the block from `row` on, columns are keys
+ * j0 .. j0 + n. `derivative` (softcap only) is optional. */
+void fa_cpu_modify_scores(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, struct fa_result s,
                           int64_t j0, int64_t n, float *derivative);
 /* z, laid out as S, <- 0 or 256 / keep256. j0 is a multiple of KEY_ALIGN. */
-void fa_cpu_dropout_mask(const struct cpu_plan *plan, const struct cpu_rows *rows, float *z, int64_t ld, int64_t j0, int64_t n);
+void fa_cpu_dropout_mask(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, float *z, int64_t ld,
+                         int64_t j0, int64_t n);
 
 int64_t fa_cpu_forward_workspace(const struct fa_params *p);
 int64_t fa_cpu_backward_workspace(const struct fa_params *p);

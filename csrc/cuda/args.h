@@ -13,6 +13,7 @@ struct fa_cuda_args {
     int   m_tiles, n_tiles;         /* of the longest sequence */
     int   window_left, window_right;/* negative: unlimited */
     float scale, softcap;
+    bool  score_mod;                /* scores pass through natural units: softcap, ALiBi, or scale <= 0 */
     float exponent_scale;           /* P = exp2(exponent_scale * score - ...): score is q.k, or in natural units with a score mod */
     int   keep256;
     float kept;                     /* 256 / keep256 */

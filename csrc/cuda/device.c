@@ -19,9 +19,9 @@ enum fa_status fa_cuda_status(cudaError_t code, const char *call, struct fa_erro
         return fa_fail(error, FA_FAILED, "%s failed: %s (%s)", call, cudaGetErrorString(code), cudaGetErrorName(code));
     cudaDriverGetVersion(&driver);
     return fa_fail(error, FA_FAILED, "%s failed: flash_attn was built with CUDA %d.%d and needs an NVIDIA driver of version "
-                   "%d or newer; the driver here serves CUDA %d.%d. Update the driver, reinstall flash_attn where an nvcc of "
-                   "that CUDA is found, or pass CPU tensors, which work on this machine", call, CUDA_MAJOR, CUDA_MINOR,
-                   OLDEST_DRIVER, driver / 1000, driver % 1000 / 10);
+                   "%d or newer; the one here serves CUDA %d.%d (0.0: there is none). Update it, reinstall flash_attn where "
+                   "an nvcc of that CUDA is found, or pass CPU tensors, which work on this machine", call, CUDA_MAJOR,
+                   CUDA_MINOR, OLDEST_DRIVER, driver / 1000, driver % 1000 / 10);
 }
 
 static enum fa_status ask(int index, struct fa_cuda_device *facts, struct fa_error *error)
@@ -74,18 +74,17 @@ void fa_cuda_leave(int64_t index, int previous)
 size_t fa_cuda_info(char *text, size_t size)
 {
     int devices = 0, driver = 0;
-    cudaError_t code = cudaGetDeviceCount(&devices);
+    const cudaError_t code = cudaGetDeviceCount(&devices);
     cudaDriverGetVersion(&driver);
-    int length = snprintf(text, size, "CUDA %d.%d, built for %s; %s %d.%d, %d device%s%s%s\n", CUDA_MAJOR, CUDA_MINOR,
-                          FA_CUDA_ARCHS, driver ? "driver for CUDA" : "no driver:", driver / 1000, driver % 1000 / 10, devices,
-                          devices == 1 ? "" : "s", code ? ": " : "", code ? cudaGetErrorString(code) : "");
+    int length = snprintf(text, size, "CUDA %d.%d, built for %s; driver for CUDA %d.%d%s; %s\n", CUDA_MAJOR, CUDA_MINOR,
+                          FA_CUDA_ARCHS, driver / 1000, driver % 1000 / 10, driver ? "" : " (none)",
+                          code ? cudaGetErrorString(code) : "devices:");
     for (int n = 0; n < devices && length >= 0; n++) {
-        struct cudaDeviceProp properties;
-        size_t at = (size_t)length < size ? (size_t)length : size;
-        if (cudaGetDeviceProperties(&properties, n)) break;
+        struct cudaDeviceProp device;
+        const size_t at = (size_t)length < size ? (size_t)length : size;
+        if (cudaGetDeviceProperties(&device, n)) break;
         length += snprintf(text ? text + at : NULL, size - at, "  cuda:%d %s, capability %d.%d, %d KB of shared memory a block\n",
-                           n, properties.name, properties.major, properties.minor,
-                           (int)(properties.sharedMemPerBlockOptin >> 10));
+                           n, device.name, device.major, device.minor, (int)(device.sharedMemPerBlockOptin >> 10));
     }
     return length > 0 ? (size_t)length : 0;
 }

@@ -17,6 +17,10 @@ FA_DEVICE int64_t padded_row(const fa_cuda_args &a, const sequence &s, int b, in
 }
 
 /* First float of the block of 16 rows from `row` (a multiple of 16) and eight channels from 8 column8. */
+template <int D> FA_DEVICE int64_t dq_block(int64_t row, int column8)
+{
+    return (row / 16 * (D / 8) + column8) * 128;
+}
 FA_DEVICE int64_t dq_block(const fa_cuda_args &a, int64_t row, int column8)
 {
     return (row / 16 * (a.d_bucket / 8) + column8) * 128;

@@ -35,7 +35,9 @@ static int64_t most(int64_t x, int64_t y) { return x > y ? x : y; }
 
 /* ---- which kernel ---- */
 
-static const struct bucket { int channels; fa_cuda_find *forward, *backward; } buckets[] = {
+struct bucket { int channels; fa_cuda_find *forward, *backward; };
+
+static const struct bucket half_buckets[] = {
     {  32, fa_sm80_forward_32,  fa_sm80_backward_32 },
     {  64, fa_sm80_forward_64,  fa_sm80_backward_64 },
     {  96, fa_sm80_forward_96,  fa_sm80_backward_96 },
@@ -43,18 +45,28 @@ static const struct bucket { int channels; fa_cuda_find *forward, *backward; } b
     { 192, fa_sm80_forward_192, fa_sm80_backward_192 },
     { LARGEST_HEAD_DIM, fa_sm80_forward_256, fa_sm80_backward_256 },
 };
+static const struct bucket fp32_buckets[] = {
+    {  64, fa_sm80_fp32_forward_64,  fa_sm80_fp32_backward_64 },
+    { 128, fa_sm80_fp32_forward_128, fa_sm80_fp32_backward_128 },
+    { LARGEST_HEAD_DIM, fa_sm80_fp32_forward_256, fa_sm80_fp32_backward_256 },
+};
 
 static const struct bucket *bucket_of(const struct fa_params *p)
 {
-    const struct bucket *bucket = buckets;
+    const struct bucket *bucket = p->dtype == FA_FLOAT32 ? fp32_buckets : half_buckets;
     while (bucket->channels < most(p->d, p->d_v)) bucket++;
     return bucket;
+}
+
+static bool has_score_mod(const struct fa_params *p)
+{
+    return p->softcap > 0 || p->alibi || p->scale <= 0;
 }
 
 static enum fa_variant variant_of(const struct fa_params *p)
 {
     if (fa_keep256(p->dropout_p) < 256) return FA_DROPOUT;
-    return p->softcap > 0 || p->alibi || p->scale <= 0 ? FA_SCORE_MOD : FA_PLAIN;
+    return has_score_mod(p) ? FA_SCORE_MOD : FA_PLAIN;
 }
 
 /* Shared memory that a block may take: the device's, or less where FLASH_ATTN_SMEM_KB pretends a smaller device. */
@@ -88,13 +100,12 @@ static int window_of(int64_t bound) { return bound < 0 || bound >= ROW_LIMIT ? -
 
 static struct fa_cuda_args arguments_of(const struct fa_params *p)
 {
-    const enum fa_variant variant = variant_of(p);
     const int keep256 = fa_keep256(p->dropout_p);
     return (struct fa_cuda_args){
         .p = *p, .group = (int)(p->h / p->hk),
         .window_left = window_of(p->window_left), .window_right = window_of(p->window_right),
         .scale = (float)p->scale, .softcap = (float)p->softcap,
-        .exponent_scale = (float)(variant == FA_PLAIN ? p->scale * LOG2E : LOG2E),
+        .score_mod = has_score_mod(p), .exponent_scale = (float)(has_score_mod(p) ? LOG2E : p->scale * LOG2E),
         .keep256 = keep256, .kept = 256.0f / (float)keep256,
         .aligned_q = is_aligned(p, &p->q), .aligned_k = is_aligned(p, &p->k), .aligned_v = is_aligned(p, &p->v),
         .aligned_out = is_aligned(p, &p->out), .aligned_dout = is_aligned(p, &p->dout), .aligned_dq = is_aligned(p, &p->dq),
@@ -276,8 +287,8 @@ static enum fa_status check_sizes(const struct fa_params *p, struct fa_error *wh
 static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_error *why)
 {
     const struct fa_cuda_device *device;
-    if (p->dtype != FA_FLOAT16 && p->dtype != FA_BFLOAT16) {
-        fa_fail(why, FA_UNSUPPORTED, "serves float16 and bfloat16; cast q, k and v, or pass CPU tensors");
+    if (p->dtype == FA_FLOAT64) {
+        fa_fail(why, FA_UNSUPPORTED, "serves float32, float16 and bfloat16; cast q, k and v, or pass CPU tensors");
         return false;
     }
     if (check_sizes(p, why) || !(device = fa_cuda_device(p->device_index, why))) return false;

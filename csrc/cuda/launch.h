@@ -27,6 +27,8 @@ fa_cuda_find fa_sm80_forward_32, fa_sm80_forward_64, fa_sm80_forward_96, fa_sm80
              fa_sm80_forward_256;
 fa_cuda_find fa_sm80_backward_32, fa_sm80_backward_64, fa_sm80_backward_96, fa_sm80_backward_128, fa_sm80_backward_192,
              fa_sm80_backward_256;
+fa_cuda_find fa_sm80_fp32_forward_64, fa_sm80_fp32_forward_128, fa_sm80_fp32_forward_256;
+fa_cuda_find fa_sm80_fp32_backward_64, fa_sm80_fp32_backward_128, fa_sm80_fp32_backward_256;
 
 #ifdef __cplusplus
 }

@@ -27,6 +27,12 @@ FA_DEVICE float modify_score(const fa_cuda_args &a, float qk, float slope, int d
     return s - slope * (float)abs(distance);
 }
 
+/* Whether this call modifies scores: known when compiling, but for dropout. */
+template <enum fa_variant VARIANT> FA_DEVICE bool has_score_mod(const fa_cuda_args &a)
+{
+    return VARIANT == FA_SCORE_MOD || (VARIANT == FA_DROPOUT && a.score_mod);
+}
+
 FA_DEVICE float alibi_slope(const fa_cuda_args &a, int b, int head)
 {
     return a.p.alibi ? a.p.alibi[b * a.p.alibi_stride_b + head] : 0.0f;
@@ -59,6 +65,22 @@ FA_DEVICE bool dropout_keeps(const uint32_t (&bytes)[2], int row_half, int colum
 {
     const int byte = transposed ? 2 * column_half + row_half : 2 * row_half + column_half;
     return (int)(bytes[parity] >> 8 * byte & 255) < keep256;
+}
+
+/* The same for four elements at once: the top bit of each byte says dropped, byte >= keep256, which is the carry out of
+ * byte + (256 - keep256). */
+FA_DEVICE uint32_t dropped_flags(uint32_t bytes, int keep256)
+{
+    const uint32_t add = (256 - keep256) * 0x01010101u, top = add & 0x80808080u;
+    const uint32_t low = (bytes & 0x7f7f7f7fu) + (add & 0x7f7f7f7fu);
+    return (bytes & top) | ((bytes | top) & low);
+}
+
+/* All ones where element `byte` of flags is dropped: of one element in 32 bits, or of a pair of 16-bit elements, one of each word. */
+FA_DEVICE uint32_t dropped_one(uint32_t flags, int byte) { return permute_bytes(flags, 0, 0x1111 * (byte | 8)); }
+FA_DEVICE uint32_t dropped_pair(const uint32_t (&flags)[2], int byte)
+{
+    return permute_bytes(flags[0], flags[1], 0x11 * (byte | 8) + 0x1100 * (byte | 12));
 }
 
 #endif

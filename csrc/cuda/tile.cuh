@@ -24,21 +24,30 @@ struct rows_of {
     bool aligned;
 };
 
-/* Chunk by chunk, threads of the block side by side. Aligned rows travel by cp.async: commit and wait are the caller's. */
+/* Chunk by chunk, threads of the block side by side. Aligned rows travel by cp.async: commit and wait are the caller's. Tiles that
+ * exist whole, nearly all, take a loop without a condition. */
 template <int ROWS, int D, int THREADS> FA_DEVICE void load_tile(uint32_t tile, const rows_of &from)
 {
     constexpr int CHUNKS = D / 8, TOTAL = ROWS * CHUNKS, ROUNDS = (TOTAL + THREADS - 1) / THREADS;
     int64_t stride = from.stride;
     asm volatile("" : "+l"(stride));            /* else a main loop keeps every round's offset in registers: spills */
-    #pragma unroll
-    for (int i = 0; i < ROUNDS; i++) {
-        const int at = i * THREADS + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
-        if (TOTAL % THREADS && at >= TOTAL) break;
-        const int left = row < from.rows ? min(from.d - chunk * 8, 8) : 0;          /* elements of this chunk that exist */
+    if (from.aligned && from.rows >= ROWS && from.d == D) {
+        #pragma unroll
+        for (int i = 0; i < ROUNDS; i++) {
+            const int at = i * THREADS + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
+            if (TOTAL % THREADS && at >= TOTAL) break;
+            cp_async_16(tile + tile_offset<D>(row, chunk), from.ptr + row * stride + chunk * 8, 16);
+        }
+        return;
+    }
+    #pragma unroll 1
+    for (int at = threadIdx.x; at < TOTAL; at += THREADS) {
+        const int row = at / CHUNKS, chunk = at % CHUNKS;
+        const int left = row < from.rows ? max(min(from.d - chunk * 8, 8), 0) : 0;      /* elements of this chunk that exist */
         const uint16_t *src = from.ptr + row * stride + chunk * 8;
         const uint32_t dst = tile + tile_offset<D>(row, chunk);
         if (from.aligned) {
-            cp_async_16(dst, src, max(left, 0) * 2);
+            cp_async_16(dst, src, left * 2);
         } else {
             uint32_t x[4] = { 0, 0, 0, 0 };
             #pragma unroll

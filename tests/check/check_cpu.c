@@ -133,24 +133,24 @@ static void check_softmax(const struct fa_cpu_ops *ops, const struct fa_cpu_ops 
 static void check_softmax_backward(const struct fa_cpu_ops *ops, const struct fa_cpu_ops *definition)
 {
     float *s = random_floats(M * N, -10, 0), *dp = random_floats(M * N, -1, 1), *z = random_floats(M * N, 0, 2);
-    float *lse2 = random_floats(M, 0, 3), *delta = random_floats(M, -1, 1);
-    lse2[3] = INFINITY;
+    float *lse = random_floats(M, 0, 3), *delta = random_floats(M, -1, 1);
+    lse[3] = INFINITY;
     const struct fa_cpu_ops *both[2] = { definition, ops };
     double worst = 0;
     for (int variant = 0; variant < 4; variant++) {
         float *x[2], *g[2];
         for (int i = 0; i < 2; i++) {
             x[i] = copy_floats(s, M * N), g[i] = copy_floats(dp, M * N);
-            both[i]->softmax_backward((struct fa_result){ x[i], N }, (struct fa_result){ g[i], N }, M, N, 1.2f, lse2, delta,
+            both[i]->softmax_backward((struct fa_result){ x[i], N }, (struct fa_result){ g[i], N }, M, N, 1.2f, lse, delta,
                                       variant & 1 ? z : NULL, variant & 2 ? z : NULL);
         }
         worst = fmax(worst, fmax(difference(x[1], x[0], M * N), difference(g[1], g[0], M * N)));
         for (int i = 0; i < 2; i++) free(x[i]), free(g[i]);
     }
     const double seconds = SECONDS(ops->softmax_backward((struct fa_result){ s, N }, (struct fa_result){ dp, N }, M, N, 1.2f,
-                                                         lse2, delta, NULL, NULL));
+                                                         lse, delta, NULL, NULL));
     report("softmax_backward", ops->isa, worst, 2e-5, M * N / seconds, "Gscore/s");
-    free(s); free(dp); free(z); free(lse2); free(delta);
+    free(s); free(dp); free(z); free(lse); free(delta);
 }
 
 /* tanh and ALiBi against libm in double, not only against each other. */

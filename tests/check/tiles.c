@@ -1,5 +1,5 @@
-/* check/tiles.c: prints the tile of every CUDA kernel that launch.c can find, one a line, for tests/test_build.py. Linked with the
- * kernels' objects; needs no GPU. */
+/* check/tiles.c: prints the tile of every CUDA kernel that launch.c can find, one a line, for tests/test_build.py; where a variant or
+ * the small tile has no kernel of its own there is no line. Linked with the kernels' objects; needs no GPU. */
 #include <stdio.h>
 
 #include "../../csrc/cuda/launch.h"
@@ -9,18 +9,24 @@ static const struct { const char *name; fa_cuda_find *find; } tables[] = {
     { "forward 128",  fa_sm80_forward_128 },  { "forward 192",  fa_sm80_forward_192 },  { "forward 256",  fa_sm80_forward_256 },
     { "backward 32",  fa_sm80_backward_32 },  { "backward 64",  fa_sm80_backward_64 },  { "backward 96",  fa_sm80_backward_96 },
     { "backward 128", fa_sm80_backward_128 }, { "backward 192", fa_sm80_backward_192 }, { "backward 256", fa_sm80_backward_256 },
+    { "fp32 forward 64",  fa_sm80_fp32_forward_64 },  { "fp32 forward 128",  fa_sm80_fp32_forward_128 },
+    { "fp32 forward 256", fa_sm80_fp32_forward_256 }, { "fp32 backward 64",  fa_sm80_fp32_backward_64 },
+    { "fp32 backward 128", fa_sm80_fp32_backward_128 }, { "fp32 backward 256", fa_sm80_fp32_backward_256 },
 };
 
 int main(void)
 {
     static const char *const variants[] = { "plain", "score-mod", "dropout" };
     for (size_t n = 0; n < sizeof tables / sizeof *tables; n++)
-        for (int small = 0; small < 2; small++)
-            for (enum fa_variant variant = FA_PLAIN; variant < FA_VARIANTS; variant++) {
+        for (enum fa_variant variant = FA_PLAIN; variant < FA_VARIANTS; variant++) {
+            const void *before = variant == FA_PLAIN ? NULL : tables[n].find(FA_BFLOAT16, variant - 1, false)->function;
+            for (int small = 0; small < 2; small++) {
                 const struct fa_cuda_kernel *kernel = tables[n].find(FA_BFLOAT16, variant, small);
-                if (small && kernel->function == tables[n].find(FA_BFLOAT16, variant, false)->function) continue;
+                if (kernel->function == before) continue;
                 printf("%s %s%s: %d x %d, %d threads, %d bytes\n", tables[n].name, variants[variant], small ? " small" : "",
                        kernel->block_m, kernel->block_n, kernel->threads, kernel->shared_bytes);
+                before = kernel->function;
             }
+        }
     return 0;
 }

@@ -23,7 +23,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
         BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, STAGES = Tile::STAGES,
         KEYS = BLOCK_N / KEY_WARPS, KT = KEYS / 16,                 /* keys of a warp; 16-key pieces of them */
         NT = BLOCK_M / 8, DT = D / 8, SUMS = 2 / ROLES,             /* SUMS of dV and dK in a warp's registers */
-        DQ_M = BLOCK_M < 32 ? BLOCK_M : 32, DQ_WM = BLOCK_M / DQ_M, DQ_WN = KEY_WARPS / DQ_WM, DQ_DT = DT / DQ_WN, DQ_STEP = DQ_DT > 8 ? 8 : DQ_DT,
+        DQ_M = BLOCK_M < 32 ? BLOCK_M : 32, DQ_WM = BLOCK_M / DQ_M, DQ_WN = KEY_WARPS / DQ_WM, DQ_DT = DT / DQ_WN, DQ_STEP = D >= 128 && DQ_DT % 4 == 0 ? 4 : DQ_DT,
         KV_BYTES = BLOCK_N * D * 2, Q_BYTES = BLOCK_M * D * 2, STAGE_BYTES = 2 * Q_BYTES + 2 * 4 * BLOCK_M,
         DS_BYTES = BLOCK_N * BLOCK_M * 2, SHARED_BYTES = 2 * KV_BYTES + STAGES * STAGE_BYTES + DS_BYTES,
     };
@@ -97,7 +97,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
                 #pragma unroll
                 for (int e = 0; e < 4; e++) c[k][n][e] = 0.0f;
         const uint32_t x_at = left + key_warp * KEYS * D * 2 + lane_a<D>(lane), y_at = right + lane_b<D>(lane);
-        #pragma unroll (D > 128 ? 4 : D / 16)           /* more at a time spills */
+        #pragma unroll (D >= 64 ? 2 : D / 16)           /* more at a time spills */
         for (int d = 0; d < D / 16; d++) {
             uint32_t x[KT][4];
             #pragma unroll
@@ -148,7 +148,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     template <bool MASKED> __device__ __forceinline__ void probabilities(float (&s)[KT][NT][4], uint32_t (&left)[KT][NT / 2][4],
                                                                         int head, int i0, const float *lse2)
     {
-        const float slope = VARIANT >= FA_SCORE_MOD ? alibi_slope(a, b, head) : 0.0f;
+        const bool mods = has_score_mod<VARIANT>(a);
+        const float slope = mods ? alibi_slope(a, b, head) : 0.0f;
         #pragma unroll
         for (int k = 0; k < KT; k++)
             #pragma unroll
@@ -161,18 +162,18 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
                         const int row = n * 8 + (lane & 3) * 2 + c, i = i0 + row;
                         const int j = j0 + key_warp * KEYS + k * 16 + (lane >> 2) + half * 8;
                         float &x = s[k][n][2 * half + c], derivative = 1.0f;
-                        if (VARIANT >= FA_SCORE_MOD) x = modify_score(a, x, slope, i + seq.sk - seq.sq - j, derivative);
+                        if (mods) x = modify_score(a, x, slope, i + seq.sk - seq.sq - j, derivative);
                         x = exp2_approx(fmaf(x, a.exponent_scale, -lse2[row]));
                         if (MASKED && (j < first_key(a, seq, i) || j >= last_key(a, seq, i))) x = 0.0f;
                         p[c] = x;
-                        if (VARIANT >= FA_SCORE_MOD) x *= derivative;
+                        if (mods) x *= derivative;
                     }
                     left[k][n / 2][n % 2 * 2 + half] = pack<T>(p[0], p[1]);
                 }
     }
 
-    /* Which elements dropout keeps, one bit each: piece by piece two at a time along the queries. */
-    __device__ __forceinline__ void keep_bits(uint32_t (&bits)[KT][NT / 2], int head, int i0)
+    /* Flags of what dropout drops, per 16x16 piece, two pieces at a time along the queries. */
+    __device__ __forceinline__ void dropout_flags(uint32_t (&flags)[KT][NT / 2][2], int head, int i0)
     {
         const uint32_t batch_head = b * (int)a.p.h + head;
         #pragma unroll
@@ -184,12 +185,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
                 uint32_t bytes[2][2];
                 dropout_bytes(bytes, a.p.rng[0], a.p.rng[1], batch_head, pieces_i, pieces_j, lane, true);
                 #pragma unroll
-                for (int x = 0; x < 2; x++) {
-                    bits[k][q + x] = 0;
-                    #pragma unroll
-                    for (int e = 0; e < 8; e++)
-                        bits[k][q + x] |= (uint32_t)dropout_keeps(bytes[x], e % 4 / 2, e / 4, e % 2, a.keep256, true) << e;
-                }
+                for (int x = 0; x < 4; x++) flags[k][q + x / 2][x % 2] = dropped_flags(bytes[x / 2][x % 2], a.keep256);
             }
     }
 
@@ -232,11 +228,11 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
                     }
                 }
             }
+            float *sums = a.dq_accum + dq_block<D>(row, column);
             #pragma unroll
             for (int i = 0; i < DQ_M / 16; i++)
                 #pragma unroll
-                for (int j = 0; j < DQ_STEP; j++)
-                    dq_add(a.dq_accum + dq_block(a, row + i * 16, column + j), lane, dq[i][j]);
+                for (int j = 0; j < DQ_STEP; j++) dq_add(sums + dq_block<D>(i * 16, j), lane, dq[i][j]);
         }
     }
 
@@ -250,7 +246,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     {
         if (threadIdx.x == 0) {
             const int before = (j0 - first_key(a, seq, m * BLOCK_M) / BLOCK_N * BLOCK_N) / BLOCK_N;
-            while (*(volatile int *)turn_of(head, m) != before) __nanosleep(64);
+            while (*(volatile int *)turn_of(head, m) < before) __nanosleep(64);
             __threadfence();
         }
         __syncthreads();
@@ -262,21 +258,18 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
         if (threadIdx.x == 0) atomicAdd(turn_of(head, m), 1);
     }
 
-    /* Bits 2x and 2x + 1 of a piece are the two elements of register x of its left operand. */
-    __device__ __forceinline__ void drop(uint32_t (&left)[KT][NT / 2][4], const uint32_t (&bits)[KT][NT / 2])
+    /* Register r of a left operand: keys' half r % 2, queries' half r / 2; byte 2 (query half) + (key half) of the flags. */
+    __device__ __forceinline__ void drop(uint32_t (&left)[KT][NT / 2][4], const uint32_t (&flags)[KT][NT / 2][2])
     {
         #pragma unroll
         for (int k = 0; k < KT; k++)
             #pragma unroll
-            for (int x = 0; x < 2 * NT; x++) {
-                const uint32_t two = bits[k][x / 4] >> (x % 4 * 2);
-                left[k][x / 4][x % 4] &= (two & 1 ? 0x0000ffffu : 0) | (two & 2 ? 0xffff0000u : 0);
-            }
+            for (int x = 0; x < 2 * NT; x++) left[k][x / 4][x % 4] &= ~dropped_pair(flags[k][x / 4], x % 4 / 2 * 2 + x % 2);
     }
 
     /* dS = P (Z dP - delta), in dp; s holds P times the score's derivative. */
     __device__ __forceinline__ void score_gradients(float (&dp)[KT][NT][4], const float (&s)[KT][NT][4],
-                                                    const uint32_t (&bits)[KT][NT / 2], const float *delta)
+                                                    const uint32_t (&flags)[KT][NT / 2][2], const float *delta)
     {
         #pragma unroll
         for (int k = 0; k < KT; k++)
@@ -284,9 +277,13 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
             for (int n = 0; n < NT; n++)
                 #pragma unroll
                 for (int e = 0; e < 4; e++) {
+                    const float shift = delta[n * 8 + (lane & 3) * 2 + e % 2];
                     float x = dp[k][n][e];
-                    if (VARIANT == FA_DROPOUT) x = bits[k][n / 2] >> (n % 2 * 4 + e) & 1 ? x * a.kept : 0.0f;
-                    dp[k][n][e] = s[k][n][e] * (x - delta[n * 8 + (lane & 3) * 2 + e % 2]);
+                    if (VARIANT == FA_DROPOUT) {
+                        const uint32_t dropped = dropped_one(flags[k][n / 2][e % 2], 2 * (n % 2) + e / 2);
+                        x = __uint_as_float(__float_as_uint(x) & ~dropped) * a.kept;
+                    }
+                    dp[k][n][e] = s[k][n][e] * (x - shift);
                 }
     }
 
@@ -294,17 +291,17 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     {
         const uint32_t q_tile = stage, dout_tile = stage + Q_BYTES;
         float s[KT][NT][4], dp[KT][NT][4];
-        uint32_t bits[KT][NT / 2], left[KT][NT / 2][4];
+        uint32_t flags[KT][NT / 2][2], left[KT][NT / 2][4];
         product(s, k_tile, q_tile);
         if (makes_dk()) product(dp, v_tile, dout_tile);
         probabilities<MASKED>(s, left, head, m * BLOCK_M, lse2);
         if (VARIANT == FA_DROPOUT) {
-            keep_bits(bits, head, m * BLOCK_M);
-            if (makes_dv()) drop(left, bits);
+            dropout_flags(flags, head, m * BLOCK_M);
+            if (makes_dv()) drop(left, flags);
         }
         if (makes_dv()) accumulate(sum[0], left, dout_tile);
         if (makes_dk()) {
-            score_gradients(dp, s, bits, delta);
+            score_gradients(dp, s, flags, delta);
             pack_left(left, dp);
             store_ds(left);
             accumulate(sum[SUMS - 1], left, q_tile);

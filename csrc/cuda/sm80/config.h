@@ -12,12 +12,15 @@ template <int BM, int BN, int SUB, int W, int B> struct forward_row {
 };
 /*                                                                     BLOCK_M  BLOCK_N  SUB_N  WARPS  BLOCKS      KB */
 template <fa_variant V> struct forward_tile< 32, V, false>        : forward_row<128,  64, 32, 4, 2> {};         /*  24 */
-template <fa_variant V> struct forward_tile< 64, V, false>        : forward_row<128,  64, 32, 4, 2> {};         /*  48 */
+template <> struct forward_tile< 64, FA_PLAIN, false>             : forward_row<128,  64, 64, 4, 2> {};         /*  48; SUB_N 32 -4 % */
+template <fa_variant V> struct forward_tile< 64, V, false>        : forward_row<128,  64, 32, 4, 2> {};
 template <fa_variant V> struct forward_tile< 96, V, false>        : forward_row<128,  64, 32, 4, 2> {};         /*  72 */
+template <> struct forward_tile< 96, FA_DROPOUT, false>           : forward_row<128,  32, 32, 4, 2> {};         /*  48 */
 template <>             struct forward_tile<128, FA_PLAIN, false> : forward_row<128,  64, 32, 4, 2> {};         /*  96 */
 template <fa_variant V> struct forward_tile<128, V, false>        : forward_row<128,  32, 32, 4, 2> {};         /*  64; 64 keys spill */
 template <fa_variant V> struct forward_tile<192, V, false>        : forward_row<128,  64, 32, 8, 1> {};         /* 144 */
 template <fa_variant V> struct forward_tile<256, V, false>        : forward_row<128,  64, 32, 8, 1> {};         /* 192 */
+template <> struct forward_tile<256, FA_DROPOUT, false>           : forward_row<128,  32, 32, 8, 1> {};         /* 128 */
 template <fa_variant V> struct forward_tile<192, V, true>         : forward_row< 64,  32, 32, 4, 2> {};         /*  72 */
 template <fa_variant V> struct forward_tile<256, V, true>         : forward_row< 64,  32, 32, 4, 2> {};         /*  96 */
 
@@ -30,7 +33,8 @@ template <int BM, int BN, int S, int W, int R, int B> struct backward_row {
 template <fa_variant V> struct backward_tile< 32, V, false>        : backward_row< 64, 64, 2, 4, 1, 2> {};
 template <fa_variant V> struct backward_tile< 64, V, false>        : backward_row< 64, 64, 2, 4, 1, 2> {};
 template <>             struct backward_tile< 64, FA_PLAIN, false> : backward_row< 32, 128, 2, 4, 1, 2> {};
-template <fa_variant V> struct backward_tile< 96, V, false>        : backward_row< 64, 64, 2, 4, 1, 2> {};
+template <fa_variant V> struct backward_tile< 96, V, false>        : backward_row< 64, 64, 2, 8, 2, 1> {};     /* 4 warps, 1 role spill */
+template <>             struct backward_tile< 96, FA_PLAIN, false> : backward_row< 64, 64, 2, 4, 1, 2> {};
 template <fa_variant V> struct backward_tile<128, V, false>        : backward_row< 32, 64, 2, 4, 1, 2> {};
 template <>             struct backward_tile<128, FA_PLAIN, false> : backward_row< 64, 64, 2, 4, 1, 2> {};     /* 105 */
 template <fa_variant V> struct backward_tile<192, V, false>        : backward_row< 32, 64, 2, 8, 2, 1> {};
@@ -39,13 +43,13 @@ template <fa_variant V> struct backward_tile<128, V, true>         : backward_ro
 template <fa_variant V> struct backward_tile<192, V, true>         : backward_row< 32, 64, 1, 8, 2, 1> {};
 template <fa_variant V> struct backward_tile<256, V, true>         : backward_row< 32, 32, 2, 4, 2, 2> {};     /*  99 */
 
-/* fp32, for every device. Backward: where a warp's 16 keys leave warps over, these share the keys and divide dK's and dV's channels. */
+/* fp32, for every device. A warp has 16 or 32 queries forward, 16 keys backward; see fp32_backward.cuh for D = 256. */
 template <int D> struct fp32_forward_tile;
 template <int D> struct fp32_backward_tile;
 template <int BM, int BN> struct fp32_row { enum { BLOCK_M = BM, BLOCK_N = BN, WARPS = 4, BLOCKS = 2 }; };
 /*                                         BLOCK_M  BLOCK_N      KB */
 template <> struct fp32_forward_tile< 64> : fp32_row<128, 64> {};   /* 64 */
-template <> struct fp32_forward_tile<128> : fp32_row< 64, 64> {};   /* 96 */
+template <> struct fp32_forward_tile<128> : fp32_row< 64, 64> {};   /* 96; 128 x 32 spills */
 template <> struct fp32_forward_tile<256> : fp32_row< 64, 16> {};   /* 96 */
 template <> struct fp32_backward_tile< 64> : fp32_row< 64, 64> {};  /* 65 */
 template <> struct fp32_backward_tile<128> : fp32_row< 32, 64> {};  /* 97 */

@@ -101,45 +101,55 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     /* Score mods, then -inf where row and column do not see each other. j0: key of column 0. */
     template <bool MASKED> __device__ __forceinline__ void modify(float (&s)[MT][NT][4], int j0)
     {
-        const float slope = VARIANT >= FA_SCORE_MOD ? alibi_slope(a, b, head) : 0.0f;
+        const bool mods = has_score_mod<VARIANT>(a);
+        const float slope = mods ? alibi_slope(a, b, head) : 0.0f;
         #pragma unroll
         for (int m = 0; m < MT; m++)
             #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int i = query(m, half), diagonal = i + seq.sk - seq.sq;
-                const int first = MASKED ? first_key(a, seq, i) : 0, last = MASKED ? last_key(a, seq, i) : 0;
-                #pragma unroll
-                for (int n = 0; n < NT; n++)
+                const int i = query(m, half), diagonal = i + seq.sk - seq.sq, j = j0 + (lane & 3) * 2;
+                if (mods) {
                     #pragma unroll
-                    for (int c = 0; c < 2; c++) {
-                        const int j = j0 + n * 8 + (lane & 3) * 2 + c;
-                        float &x = s[m][n][2 * half + c], unused;
-                        if (VARIANT >= FA_SCORE_MOD) x = modify_score(a, x, slope, diagonal - j, unused);
-                        if (MASKED && (j < first || j >= last)) x = -INFINITY;
+                    for (int x = 0; x < 2 * NT; x++) {
+                        float unused;
+                        s[m][x / 2][2 * half + x % 2] = modify_score(a, s[m][x / 2][2 * half + x % 2], slope,
+                                                                     diagonal - (j + x / 2 * 8 + x % 2), unused);
                     }
+                }
+                if (!MASKED) continue;
+                const int first = first_key(a, seq, i) - j, last = last_key(a, seq, i) - j;
+                #pragma unroll
+                for (int x = 0; x < 2 * NT; x++)
+                    if (x / 2 * 8 + x % 2 < first || x / 2 * 8 + x % 2 >= last) s[m][x / 2][2 * half + x % 2] = -INFINITY;
             }
     }
 
-    /* S becomes P; max, sum and O follow. O is rescaled only where some row of the warp has a new maximum. */
+    /* S becomes P; max, sum and O follow. O is rescaled only where some row of the warp has a new maximum. All rows go through each
+     * step together: one row's maximum, shuffles and exponent are a long chain of waits. */
     __device__ __forceinline__ void softmax(float (&s)[MT][NT][4])
     {
         const float c = a.exponent_scale;
+        float top[MT][2];
+        bool moved = false;
         #pragma unroll
         for (int m = 0; m < MT; m++)
             #pragma unroll
             for (int half = 0; half < 2; half++) {
-                float top = row_max[m][half];
+                float x = row_max[m][half], y = s[m][0][2 * half];
                 #pragma unroll
-                for (int n = 0; n < NT; n++) top = fmaxf(top, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
-                top = quad_max(top);
-                const float shift = top == -INFINITY ? 0.0f : top * c;              /* no visible key yet: every P is 0 */
-                if (__any_sync(0xffffffff, top > row_max[m][half])) {
-                    const float alpha = exp2_approx(row_max[m][half] * c - shift);  /* 0 for the first keys */
-                    row_sum[m][half] *= alpha;
-                    #pragma unroll
-                    for (int j = 0; j < DT; j++) o[m][j][2 * half] *= alpha, o[m][j][2 * half + 1] *= alpha;
+                for (int n = 0; n < NT; n++) {
+                    x = fmaxf(x, s[m][n][2 * half]);
+                    y = fmaxf(y, s[m][n][2 * half + 1]);
                 }
-                row_max[m][half] = top;
+                top[m][half] = quad_max(fmaxf(x, y));
+                moved |= top[m][half] > row_max[m][half];
+            }
+        if (__any_sync(0xffffffff, moved)) rescale(top);
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float shift = row_max[m][half] == -INFINITY ? 0.0f : row_max[m][half] * c;    /* no visible key yet: P = 0 */
                 float sum = 0.0f;
                 #pragma unroll
                 for (int n = 0; n < NT; n++)
@@ -153,43 +163,51 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             }
     }
 
-    /* Zeroes what dropout drops, two pieces at a time. The sum above does not see it. */
-    __device__ __forceinline__ void drop(float (&s)[MT][NT][4], int j0)
+    __device__ __forceinline__ void rescale(const float (&top)[MT][2])
     {
-        const uint64_t seed = a.p.rng[0], offset = a.p.rng[1];
-        const uint32_t batch_head = b * (int)a.p.h + head, first_i = (i0 + warp * ROWS) / 16, first_j = j0 / 16;
-        constexpr int PIECES = MT * NT / 2;
         #pragma unroll
-        for (int at = 0; at < PIECES; at += 2) {
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float alpha = top[m][half] == -INFINITY ? 0.0f                                /* 0 for the first keys */
+                                  : exp2_approx((row_max[m][half] - top[m][half]) * a.exponent_scale);
+                row_max[m][half] = top[m][half];
+                row_sum[m][half] *= alpha;
+                #pragma unroll
+                for (int j = 0; j < DT; j++) o[m][j][2 * half] *= alpha, o[m][j][2 * half + 1] *= alpha;
+            }
+    }
+
+    /* Flags of what dropout drops, per 16x16 piece, two pieces at a time. */
+    __device__ __forceinline__ void dropout_flags(uint32_t (&flags)[MT][NT / 2][2], int j0)
+    {
+        const uint32_t batch_head = b * (int)a.p.h + head, first_i = (i0 + warp * ROWS) / 16, first_j = j0 / 16;
+        #pragma unroll
+        for (int at = 0; at < MT * NT / 2; at += 2) {
             uint32_t bytes[2][2], piece_i[2], piece_j[2];
             #pragma unroll
             for (int x = 0; x < 2; x++) piece_i[x] = first_i + (at + x) % MT, piece_j[x] = first_j + (at + x) / MT;
-            dropout_bytes(bytes, seed, offset, batch_head, piece_i, piece_j, lane, false);
+            dropout_bytes(bytes, a.p.rng[0], a.p.rng[1], batch_head, piece_i, piece_j, lane, false);
             #pragma unroll
-            for (int x = 0; x < 2; x++)
-                #pragma unroll
-                for (int column = 0; column < 2; column++)
-                    #pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        if (!dropout_keeps(bytes[x], e / 2, column, e % 2, a.keep256, false))
-                            s[(at + x) % MT][(at + x) / MT * 2 + column][e] = 0.0f;
+            for (int x = 0; x < 4; x++)
+                flags[(at + x / 2) % MT][(at + x / 2) / MT][x % 2] = dropped_flags(bytes[x / 2][x % 2], a.keep256);
         }
     }
 
-    /* O += P V, keys from row `key` of the tile. */
-    __device__ __forceinline__ void accumulate(const float (&s)[MT][NT][4], uint32_t v_tile, int key)
+    /* O += P V, keys from row `key` of the tile. Register r of a left operand: rows' half r % 2, keys' half r / 2. */
+    __device__ __forceinline__ void accumulate(const float (&s)[MT][NT][4], const uint32_t (&flags)[MT][NT / 2][2], uint32_t v_tile, int key)
     {
         const uint32_t v_at = v_tile + key * ROW_BYTES + lane_b_trans<D>(lane);
         #pragma unroll
         for (int k = 0; k < SUB_N / 16; k++) {
             uint32_t p[MT][4];
             #pragma unroll
-            for (int m = 0; m < MT; m++) {
-                p[m][0] = pack<T>(s[m][2 * k][0], s[m][2 * k][1]);
-                p[m][1] = pack<T>(s[m][2 * k][2], s[m][2 * k][3]);
-                p[m][2] = pack<T>(s[m][2 * k + 1][0], s[m][2 * k + 1][1]);
-                p[m][3] = pack<T>(s[m][2 * k + 1][2], s[m][2 * k + 1][3]);
-            }
+            for (int m = 0; m < MT; m++)
+                #pragma unroll
+                for (int r = 0; r < 4; r++) {
+                    p[m][r] = pack<T>(s[m][2 * k + r / 2][r % 2 * 2], s[m][2 * k + r / 2][r % 2 * 2 + 1]);
+                    if (VARIANT == FA_DROPOUT) p[m][r] &= ~dropped_pair(flags[m][k], 2 * (r % 2) + r / 2);
+                }
             #pragma unroll
             for (int j = 0; j < DT; j += 2) {
                 uint32_t v[4];
@@ -215,10 +233,11 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         #pragma unroll
         for (int sub = 0; sub < SUBS; sub++) {
             const int j0 = n * BLOCK_N + sub * SUB_N;
-            if (MASKED || VARIANT >= FA_SCORE_MOD) modify<MASKED>(s[sub], j0);
+            uint32_t dropped[MT][NT / 2][2];
+            if (MASKED || has_score_mod<VARIANT>(a)) modify<MASKED>(s[sub], j0);
             softmax(s[sub]);
-            if (VARIANT == FA_DROPOUT) drop(s[sub], j0);
-            accumulate(s[sub], v_tile, sub * SUB_N);
+            if (VARIANT == FA_DROPOUT) dropout_flags(dropped, j0);
+            accumulate(s[sub], dropped, v_tile, sub * SUB_N);
         }
     }
 

@@ -3,18 +3,18 @@
  *     x = big + small         big: x rounded to the 11 bits of tf32; small = x - big, exact
  *     a b ~ small_a big_b + big_a small_b + big_a big_b        what is left out is below 2^-22 a b
  *
- * Tensor cores round their sums towards zero, and over hundreds of keys that bias would exceed fp32's own error. So they sum 16
- * products at a time, small terms first, and ordinary fp32 adds, rounded to nearest, carry the sums on.
+ * Tensor cores round sums towards zero, a bias that grows with their number: summed there throughout, 130 keys could cost 16 eps
+ * instead of 2. So they sum 16 products at a time, small terms first, and fp32 adds, rounded to nearest, carry these sums on.
  *
- * A tile is ROWS rows of D floats, D / 4 chunks of 16 bytes. It is read in two directions, 16 bytes a lane (g, t) = (l / 4, l % 4):
+ * A tile is ROWS rows of D floats, D / 4 chunks of 16 bytes. Lane (g, t) = (l / 4, l % 4) reads a chunk at a time, two ways:
  *
- *     by rows         the contraction runs along the row: row g, chunk t of every four                 Q, K of Q K^T
- *     by columns      the contraction runs down the rows: rows 2t, 2t + 1, chunk (g / 2) + 4 (g % 2) of every eight      V of P V
+ *     by rows         the contraction runs along a row: row g, chunk t of each four                            Q, K of Q K^T
+ *     by columns      the contraction runs down the rows: rows 2t, 2t + 1, chunk g / 2 + 4 (g % 2) of each eight      V of P V
  *
- * An mma sums in any order, so a lane's 4 floats of a row are the slots t, t + 4 of two k-steps, in left and right operand alike; down
- * the rows, keys 2t and 2t + 1 are slots t and t + 4, which makes accumulators left operands as they stand. Columns change places
- * too: accumulator j of 32 columns, element e, is column 4t + 16 (e % 2) + j: four accumulators hold 16 bytes of a row.
- * Chunk c of row r lies at chunk c ^ (r / 2 % 4 + 4 (r % 2)): both readings touch every bank once per eight lanes. */
+ * Within a contraction any order will do, if left and right operand have the same. By rows, a lane's four floats are its slots t
+ * and t + 4 of two k-steps. Down the rows, 2t and 2t + 1 are its slots t and t + 4, so accumulators are left operands as they
+ * stand. By columns, column 4t + 16 (e % 2) + j of 32 is element e of accumulator j: four accumulators hold 16 bytes of a row.
+ * Chunk c of row r lies at chunk c ^ (r / 2 % 4 + 4 (r % 2)): the eight lanes that read at once then touch every bank once. */
 #ifndef FA_SM80_FP32_CUH
 #define FA_SM80_FP32_CUH
 
@@ -27,10 +27,12 @@
 struct left_operand  { uint32_t big[2][4], small[2][4]; };      /* (16, 16): two k-steps of eight */
 struct right_operand { uint32_t big[2][2], small[2][2]; };      /* (16, 8) */
 
-/* `small` has 12 bits and a sign at most; mma reads 11 of them, so the last bit of x may be lost. */
-FA_DEVICE void split(float x, uint32_t &big, uint32_t &small)
+/* Rounded by hand: cvt.rna.tf32 takes two instructions more for Inf and NaN, and would again for `small`. That has up to 12 bits,
+ * of which mma reads 11: the error is at most the last bit of x. CUT, not rounded, gives both parts the sign of x at the price of
+ * two bits: where products overflow, the parts' products are then infinities of one sign, not a NaN. */
+template <bool CUT = false> FA_DEVICE void split(float x, uint32_t &big, uint32_t &small)
 {
-    big = (__float_as_uint(x) + 0x1000) & 0xffffe000;
+    big = (__float_as_uint(x) + (CUT ? 0 : 0x1000)) & 0xffffe000;
     small = __float_as_uint(x - __uint_as_float(big));
 }
 
@@ -46,6 +48,17 @@ FA_DEVICE void multiply(float (&c)[4], const left_operand &a, const right_operan
     for (int k = 0; k < 2; k++) mma_tf32(sum, a.big[k], b.big[k]);
     #pragma unroll
     for (int e = 0; e < 4; e++) c[e] += sum[e];
+}
+
+/* Whether a lane of the warp holds a NaN: from the data, or from parts whose products overflow. */
+template <int MT, int NT> FA_DEVICE bool warp_has_nan(const float (&c)[MT][NT][4])
+{
+    bool has = false;
+    #pragma unroll
+    for (int n = 0; n < MT * NT; n++)
+        #pragma unroll
+        for (int e = 0; e < 4; e++) has |= isnan(c[n / NT][n % NT][e]);
+    return __any_sync(0xffffffff, has);
 }
 
 /* Accumulators of 16 columns as the left operand of a product that sums over these columns. */
@@ -76,7 +89,7 @@ struct fp32_rows {
     bool aligned;
 };
 
-/* By cp.async: commit and wait are the caller's. */
+/* By cp.async: commit and wait are the caller's. A rolled loop and a thread index read anew leave registers to accumulators. */
 template <int ROWS, int D, int THREADS> FA_DEVICE void load_fp32_tile(uint32_t tile, const fp32_rows &from)
 {
     constexpr int CHUNKS = D / 4, STEP = THREADS / CHUNKS;
@@ -98,33 +111,37 @@ template <int ROWS, int D, int THREADS> FA_DEVICE void load_fp32_tile(uint32_t t
 
 /* Where a lane starts to read 8 (right) or 16 (left) rows by rows, or columns by columns. */
 template <int D> FA_DEVICE uint32_t lane_rows(int lane) { return fp32_offset<D>(lane >> 2, lane & 3); }
-template <int D> FA_DEVICE uint32_t lane_columns(int lane) { return fp32_offset<D>((lane & 3) * 2, (lane >> 3) + (lane >> 2 & 1) * 4); }
+template <int D> FA_DEVICE uint32_t lane_columns(int lane)
+{
+    return fp32_offset<D>((lane & 3) * 2, (lane >> 3) + (lane >> 2 & 1) * 4);
+}
 
 /* The same rows, further columns: a multiple of 16. */
 FA_DEVICE uint32_t step_rows(uint32_t address, int column) { return (address ^ (column & 16) * 4) + (column >> 5) * 128; }
 
-template <int D> FA_DEVICE void load_left(left_operand &a, uint32_t address)
+template <int D, bool CUT> FA_DEVICE void load_left(left_operand &a, uint32_t address)
 {
     #pragma unroll
     for (int half = 0; half < 2; half++) {
         const uint4 x = load_shared_16(address + half * 8 * 4 * D);
-        split(__uint_as_float(x.x), a.big[0][half], a.small[0][half]);
-        split(__uint_as_float(x.y), a.big[0][half + 2], a.small[0][half + 2]);
-        split(__uint_as_float(x.z), a.big[1][half], a.small[1][half]);
-        split(__uint_as_float(x.w), a.big[1][half + 2], a.small[1][half + 2]);
+        split<CUT>(__uint_as_float(x.x), a.big[0][half], a.small[0][half]);
+        split<CUT>(__uint_as_float(x.y), a.big[0][half + 2], a.small[0][half + 2]);
+        split<CUT>(__uint_as_float(x.z), a.big[1][half], a.small[1][half]);
+        split<CUT>(__uint_as_float(x.w), a.big[1][half + 2], a.small[1][half + 2]);
     }
 }
-FA_DEVICE void load_right(right_operand &b, uint32_t address)
+template <bool CUT> FA_DEVICE void load_right(right_operand &b, uint32_t address)
 {
     const uint4 x = load_shared_16(address);
-    split(__uint_as_float(x.x), b.big[0][0], b.small[0][0]);
-    split(__uint_as_float(x.y), b.big[0][1], b.small[0][1]);
-    split(__uint_as_float(x.z), b.big[1][0], b.small[1][0]);
-    split(__uint_as_float(x.w), b.big[1][1], b.small[1][1]);
+    split<CUT>(__uint_as_float(x.x), b.big[0][0], b.small[0][0]);
+    split<CUT>(__uint_as_float(x.y), b.big[0][1], b.small[0][1]);
+    split<CUT>(__uint_as_float(x.z), b.big[1][0], b.small[1][0]);
+    split<CUT>(__uint_as_float(x.w), b.big[1][1], b.small[1][1]);
 }
 
-/* C (16, 32) += A (16, 16) B (16, 32), B read by columns; the accumulators are those from j on of each of MT pieces. */
-template <int D, int MT, int DT> FA_DEVICE void multiply_columns(float (&c)[MT][DT][4], int j, const left_operand (&a)[MT], uint32_t address)
+/* C (16 MT, 32) += A (16 MT, 16) B (16, 32), B read by columns. C: the four accumulators from j on. */
+template <int D, int MT, int DT>
+FA_DEVICE void multiply_columns(float (&c)[MT][DT][4], int j, const left_operand (&a)[MT], uint32_t address)
 {
     uint32_t x[2][2][4];
     #pragma unroll
@@ -161,13 +178,16 @@ FA_DEVICE void store_chunk(float *row, int column, int d, bool aligned, float4 x
 
 /* ---------------------------------------------------------------------------------------------------- instances */
 
-/* Defines fa_sm80_fp32_forward_64(dtype, variant, small), of the type that launch.c knows: one tile, and score mods go with dropout. */
+/* FA_SM80_FP32_INSTANCES(forward, 64) defines fa_sm80_fp32_forward_64(dtype, variant, small), by which launch.c finds kernels.
+ * One tile serves every device; the kernel that does dropout does score mods too. */
+#define FA_SM80_FP32_KERNEL(pass, D, VARIANT) \
+    kernel_facts<fp32_##pass##_tile<D>, fp32_##pass<D, VARIANT>>::with((const void *)fp32_##pass##_kernel<D, VARIANT>)
+
 #define FA_SM80_FP32_INSTANCES(pass, D) \
     extern "C" const struct fa_cuda_kernel *fa_sm80_fp32_##pass##_##D(enum fa_dtype, enum fa_variant variant, bool) \
     { \
         static const struct fa_cuda_kernel kernels[2] = { \
-            kernel_facts<fp32_##pass##_tile<D>, fp32_##pass<D, FA_PLAIN>>::with((const void *)fp32_##pass##_kernel<D, FA_PLAIN>), \
-            kernel_facts<fp32_##pass##_tile<D>, fp32_##pass<D, FA_DROPOUT>>::with((const void *)fp32_##pass##_kernel<D, FA_DROPOUT>) }; \
+            FA_SM80_FP32_KERNEL(pass, D, FA_PLAIN), FA_SM80_FP32_KERNEL(pass, D, FA_DROPOUT) }; \
         return &kernels[variant != FA_PLAIN]; \
     }
 

@@ -2,14 +2,14 @@
  *
  *     S^T = K Q^T    P = exp2(c S - lse2)    dV += P^T dO    dP^T = V dO^T    dS = P (dP - delta)    dK += dS^T Q    dQ += dS K
  *
- * backward.cuh with the products of fp32.cuh: the block walks over the query tiles that see its keys, for each query head of the group,
- * last tile first. A warp owns 16 keys and all BLOCK_M queries: P^T and dS^T are the left operands of dV's and dK's products as they
- * stand, and only dS passes through shared memory, for dQ, in dO's place. Q and dO have one tile of shared memory each:
+ * backward.cuh with the products of fp32.cuh: the block walks over the query tiles that see its keys, for each query head of the
+ * group, last tile first. A warp owns 16 keys and all BLOCK_M queries: P^T and dS^T are left operands of dV and dK as they stand,
+ * and only dS passes through shared memory, for dQ, in dO's place. Q and dO have room for one tile each, and load behind work:
  *
- *     barrier | S^T | barrier | dP^T   dS^T   dV   dK | barrier | load the next Q, dS to shared memory | barrier | dQ | barrier | load dO
+ *     barrier | S^T | barrier | dP^T   P, dS   dV   dK | barrier | load next Q   store dS | barrier | dQ | barrier | load next dO
  *
- * D = 256: dK and dV of 16 keys do not fit into one warp's registers. Two warps share the keys, each with half the channels of dK and
- * dV; both compute S and dP, so the price is two products in five. */
+ * D = 256: dK and dV of 16 keys do not fit a warp's registers. Two warps share the keys and have half the channels each; both
+ * compute S and dP, so the price is two products on top of five. */
 #ifndef FA_SM80_FP32_BACKWARD_CUH
 #define FA_SM80_FP32_BACKWARD_CUH
 
@@ -38,8 +38,8 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
     float dk[1][DT][4], dv[1][DT][4];                                             /* columns as fp32.cuh says */
 
     __device__ __forceinline__ fp32_backward(const fa_cuda_args &args, int batch, int kv, int n, uint32_t shared)
-        : a(args), lane(threadIdx.x & 31), warp(threadIdx.x >> 5), key_warp(warp % KEY_WARPS), b(batch), kv_head(kv), j0(n * BLOCK_N),
-          seq(sequence_of(args.p, batch)), k_tile(shared), v_tile(k_tile + KV_BYTES), q_tile(v_tile + KV_BYTES),
+        : a(args), lane(threadIdx.x & 31), warp(threadIdx.x >> 5), key_warp(warp % KEY_WARPS), b(batch), kv_head(kv),
+          j0(n * BLOCK_N), seq(sequence_of(args.p, batch)), k_tile(shared), v_tile(k_tile + KV_BYTES), q_tile(v_tile + KV_BYTES),
           dout_tile(q_tile + Q_BYTES), ds_tile(dout_tile), lse2_row(dout_tile + Q_BYTES), delta_row(lse2_row + 4 * BLOCK_M)
     {
         #pragma unroll
@@ -59,7 +59,8 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
     __device__ __forceinline__ void load_keys(uint32_t tile, const fa_tensor &t, int d, bool aligned)
     {
         load_fp32_tile<BLOCK_N, D, THREADS>(tile, {
-            (const float *)t.ptr + b * t.stride_b + (seq.k0 + j0) * t.stride_s + kv_head * t.stride_h, t.stride_s, seq.sk - j0, d, aligned });
+            (const float *)t.ptr + b * t.stride_b + (seq.k0 + j0) * t.stride_s + kv_head * t.stride_h, t.stride_s,
+            seq.sk - j0, d, aligned });
     }
     /* A tile of Q or dO, and of lse2 or delta. */
     __device__ __forceinline__ void load_queries(uint32_t tile, const fa_tensor &t, int d, bool aligned,
@@ -86,22 +87,22 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
     }
 
     /* C^T (16, BLOCK_M) = left right^T: left is this warp's rows of a key tile, right a query tile; both have d channels. */
-    __device__ __forceinline__ void product(float (&c)[NT][4], uint32_t left, uint32_t right, int d)
+    template <bool CUT> __device__ __forceinline__ void product(float (&c)[1][NT][4], uint32_t left, uint32_t right, int d)
     {
         #pragma unroll
         for (int n = 0; n < NT; n++)
             #pragma unroll
-            for (int e = 0; e < 4; e++) c[n][e] = 0.0f;
+            for (int e = 0; e < 4; e++) c[0][n][e] = 0.0f;
         const uint32_t x_at = left + key_warp * 16 * ROW_BYTES + lane_rows<D>(lane), y_at = right + lane_rows<D>(lane);
         #pragma unroll STEPS
         for (int channel = 0; channel < d; channel += 16) {
             left_operand x;
-            load_left<D>(x, step_rows(x_at, channel));
+            load_left<D, CUT>(x, step_rows(x_at, channel));
             #pragma unroll
             for (int n = 0; n < NT; n++) {
                 right_operand y;
-                load_right(y, step_rows(y_at, channel) + n * 8 * ROW_BYTES);
-                multiply(c[n], x, y);
+                load_right<CUT>(y, step_rows(y_at, channel) + n * 8 * ROW_BYTES);
+                multiply(c[0][n], x, y);
             }
         }
     }
@@ -123,10 +124,11 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
         }
     }
 
-    /* S^T becomes (Z P)^T without its factor, dP^T becomes dS^T; piece by piece of 16 queries, two at a time for the dropout mask. */
+    /* S^T becomes (Z P)^T but for Z's factor, dP^T becomes dS^T, two pieces of 16 queries at a time. */
     template <bool MASKED> __device__ __forceinline__ void differentiate(float (&s)[NT][4], float (&dp)[NT][4], int head, int i0)
     {
-        const float slope = VARIANT >= FA_SCORE_MOD ? alibi_slope(a, b, head) : 0.0f;
+        const bool mods = has_score_mod<VARIANT>(a);
+        const float slope = mods ? alibi_slope(a, b, head) : 0.0f;
         const int j = j0 + key_warp * 16 + (lane >> 2);                                 /* key of row g */
         int first[2], last[2];
         #pragma unroll
@@ -138,7 +140,8 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
         for (int at = 0; at < NT / 2; at += 2) {
             uint32_t bytes[2][2] = {};                                                  /* 0: kept */
             if (VARIANT == FA_DROPOUT && a.keep256 < 256) {
-                const uint32_t piece_i[2] = { i0 / 16u + at, i0 / 16u + at + 1 }, piece = j0 / 16u + key_warp, piece_j[2] = { piece, piece };
+                const uint32_t keys = j0 / 16 + key_warp, queries = i0 / 16 + at;
+                const uint32_t piece_i[2] = { queries, queries + 1 }, piece_j[2] = { keys, keys };
                 dropout_bytes(bytes, a.p.rng[0], a.p.rng[1], b * (int)a.p.h + head, piece_i, piece_j, lane, true);
             }
             #pragma unroll
@@ -149,19 +152,19 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
                 for (int e = 0; e < 4; e++) {
                     const int half = e / 2, i = i0 + column + e % 2;
                     float x = s[n][e], y = dp[n][e], derivative = 1.0f;
-                    if (VARIANT >= FA_SCORE_MOD) x = modify_score(a, x, slope, i + seq.sk - seq.sq - j - half * 8, derivative);
+                    if (mods) x = modify_score(a, x, slope, i + seq.sk - seq.sq - j - half * 8, derivative);
                     x = exp2_approx(fmaf(x, a.exponent_scale, e % 2 ? -lse2.y : -lse2.x));
                     if (MASKED && (i < first[half] || i >= last[half])) x = 0.0f;
-                    const bool keeps = VARIANT != FA_DROPOUT || dropout_keeps(bytes[n / 2 - at], half, n % 2, e % 2, a.keep256, true);
+                    const bool keeps = dropout_keeps(bytes[n / 2 - at], half, n % 2, e % 2, a.keep256, true);
                     if (VARIANT == FA_DROPOUT) y = keeps ? y * a.kept : 0.0f;
-                    s[n][e] = keeps ? x : 0.0f;
+                    s[n][e] = VARIANT == FA_DROPOUT && !keeps ? 0.0f : x;
                     dp[n][e] = x * (y - (e % 2 ? delta.y : delta.x)) * derivative;
                 }
             }
         }
     }
 
-    /* dS (BLOCK_M, BLOCK_N): blocks of eight keys of row i change places by xor; writes of rows 2t and reads of rows g miss no bank. */
+    /* dS (BLOCK_M, BLOCK_N): eights of a row's keys change places; writes of rows 2t and reads of rows g then use every bank. */
     __device__ __forceinline__ uint32_t ds_offset(int i, int j) const
     {
         return i * DS_ROW_BYTES + (j * 4 ^ ((i >> 1 ^ i << 1) & 3) << 5);
@@ -182,17 +185,18 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
         for (int half = 0; half < 2; half++)
             #pragma unroll
             for (int step = 0; step < 2; step++) {
-                const float2 two = load_shared_8(ds_tile + ds_offset(i0 + half * 8 + (lane >> 2), k * 16 + step * 8 + (lane & 3) * 2));
+                const int i = i0 + half * 8 + (lane >> 2), j = k * 16 + step * 8 + (lane & 3) * 2;
+                const float2 two = load_shared_8(ds_tile + ds_offset(i, j));
                 split(two.x, x.big[step][half], x.small[step][half]);
                 split(two.y, x.big[step][half + 2], x.small[step][half + 2]);
             }
     }
 
-    /* dQ (BLOCK_M, D) += dS K: this warp's 16 queries x DQ_CHANNELS. Accumulators 2x and 2x + 1 hold pairs of channels of dq_layout.cuh's
-     * fragments: their lane is 2 (t % 2) + x, their block of eight channels t / 2 + 2 (e % 2). */
+    /* dQ (BLOCK_M, D) += dS K: this warp's 16 queries x DQ_CHANNELS, 32 at a time. Elements c and c + 2 of accumulators 2x and
+     * 2x + 1 are what dq_layout.cuh gives to lane 2 (t % 2) + x of block t / 2 + 2c. */
     __device__ __forceinline__ void add_dq(const position &at)
     {
-        const int i0 = warp % DQ_WM * 16, channel = warp / DQ_WM * DQ_CHANNELS;
+        const int part = thread_anew() / 32, i0 = part % DQ_WM * 16, channel = part / DQ_WM * DQ_CHANNELS;
         const uint32_t y_at = k_tile + lane_columns<D>(lane) + channel * 4;
         const int64_t row = padded_row(a, seq, b, at.head) + at.m * BLOCK_M + i0;
         #pragma unroll 1
@@ -209,13 +213,14 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
                 #pragma unroll
                 for (int c = 0; c < 2; c++) {
                     const float four[4] = { dq[0][2 * x][c], dq[0][2 * x + 1][c], dq[0][2 * x][c + 2], dq[0][2 * x + 1][c + 2] };
-                    dq_add(a.dq_accum + dq_block(a, row, (channel + j) / 8 + (lane & 3) / 2 + 2 * c), (lane & ~3) + (lane & 1) * 2 + x, four);
+                    const int column8 = (channel + j) / 8 + lane % 4 / 2 + 2 * c;
+                    dq_add(a.dq_accum + dq_block<D>(row, column8), lane / 4 * 4 + lane % 2 * 2 + x, four);
                 }
         }
     }
 
-    /* Deterministic dq: key tiles add to a query tile in ascending order. Tiles start in that order too, so the one that is waited
-     * for is running or done. */
+    /* Deterministic dq: key tiles add to a query tile in ascending order. Tiles start in that order too, so the one waited for is
+     * running or done. */
     __device__ __forceinline__ int *turn_of(const position &at) const
     {
         return a.turns + (padded_row(a, seq, b, at.head) + at.m * BLOCK_M) / 16;
@@ -224,7 +229,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
     {
         if (threadIdx.x == 0) {
             const int before = j0 / BLOCK_N - first_key(a, seq, at.m * BLOCK_M) / BLOCK_N;
-            while (*(volatile int *)turn_of(at) != before) __nanosleep(64);
+            while (*(volatile int *)turn_of(at) < before) __nanosleep(64);
             __threadfence();
         }
         __syncthreads();
@@ -239,21 +244,22 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
     __device__ __forceinline__ void step(const position &at)
     {
         const int i0 = at.m * BLOCK_M, i_end = min(i0 + BLOCK_M, seq.sq) - 1;
-        float s[NT][4], dp[NT][4];
+        float s[1][NT][4], dp[1][NT][4];
         cp_async_wait<1>();
         __syncthreads();                            /* Q is here for all */
-        product(s, k_tile, q_tile, (int)a.p.d);
+        product<false>(s, k_tile, q_tile, (int)a.p.d);
+        if (warp_has_nan(s)) product<true>(s, k_tile, q_tile, (int)a.p.d);
         cp_async_wait<0>();
         __syncthreads();                            /* dO is here for all */
-        product(dp, v_tile, dout_tile, (int)a.p.d_v);
+        product<false>(dp, v_tile, dout_tile, (int)a.p.d_v);
         const bool whole = first_key(a, seq, i_end) <= j0 && last_key(a, seq, i0) >= j0 + BLOCK_N;
-        if (whole) differentiate<false>(s, dp, at.head, i0);
-        else differentiate<true>(s, dp, at.head, i0);
-        accumulate(dv, s, dout_tile, (int)a.p.d_v);
-        accumulate(dk, dp, q_tile, (int)a.p.d);
+        if (whole) differentiate<false>(s[0], dp[0], at.head, i0);
+        else differentiate<true>(s[0], dp[0], at.head, i0);
+        accumulate(dv, s[0], dout_tile, (int)a.p.d_v);
+        accumulate(dk, dp[0], q_tile, (int)a.p.d);
         __syncthreads();                            /* all are done with Q and dO */
         load_q(next(at));
-        if (warp < KEY_WARPS) store_ds(dp);
+        if (warp < KEY_WARPS) store_ds(dp[0]);
         __syncthreads();                            /* dS is here for all */
         if (a.p.deterministic) wait_for_turn(at);
         add_dq(at);
@@ -274,7 +280,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
     }
 
     /* dK or dV of this warp's keys and channels. Keys in no use get 0. */
-    __device__ __forceinline__ void store(const float (&x)[1][DT][4], float factor, const fa_tensor &t, int d, bool aligned)
+    __device__ __forceinline__ void store(const float (&sum)[1][DT][4], float factor, const fa_tensor &t, int d, bool aligned)
     {
         #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -285,9 +291,12 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
             #pragma unroll
             for (int c = 0; c < DT; c += 4)
                 #pragma unroll
-                for (int e = 2 * half; e < 2 * half + 2; e++)
-                    store_chunk(row, column + c * 8 + e % 2 * 16, d, aligned, j >= seq.sk ? make_float4(0.0f, 0.0f, 0.0f, 0.0f)
-                                : make_float4(x[0][c][e] * factor, x[0][c + 1][e] * factor, x[0][c + 2][e] * factor, x[0][c + 3][e] * factor));
+                for (int e = 2 * half; e < 2 * half + 2; e++) {
+                    float x[4];
+                    #pragma unroll
+                    for (int n = 0; n < 4; n++) x[n] = j < seq.sk ? sum[0][c + n][e] * factor : 0.0f;
+                    store_chunk(row, column + c * 8 + e % 2 * 16, d, aligned, make_float4(x[0], x[1], x[2], x[3]));
+                }
         }
     }
 };

@@ -2,13 +2,13 @@
  *
  *     S = Q K^T    P = exp2(c S - m)    l = rowsum P    O = P V / l    lse = ln 2 (m + log2 l)        c = scale log2 e
  *
- * forward.cuh with the products of fp32.cuh: each warp owns 16 or 32 of the rows, all keys and all channels. K and V have one tile of
- * shared memory each, and each loads while the other is worked with, so that every tile fits every device:
+ * forward.cuh with the products of fp32.cuh: each warp owns 16 or 32 of the rows, all keys and all channels. K and V have room
+ * for one tile each, and one loads while the other is worked with, so that the block fits every device:
  *
  *     barrier | load V(n)   S = Q K(n)^T | barrier | load K(n - 1)   softmax   O += P V(n)
  *
- * 32 rows a warp halve the splitting of K and V into big and small; at D = 128 registers allow it only with half the keys a tile.
- * One variant does score mods and dropout both; what the call does not use is a uniform branch. */
+ * 32 rows a warp halve the work of splitting K and V into big and small; from D = 128 on the registers do not allow it.
+ * Channels beyond d and d_v are passed over by 16 and 32, so that few buckets suffice. */
 #ifndef FA_SM80_FP32_FORWARD_CUH
 #define FA_SM80_FP32_FORWARD_CUH
 
@@ -31,7 +31,6 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
     const sequence seq;
     const uint32_t q_tile, k_tile, v_tile;
     int n_first, n_last;                                    /* key tiles [first, last) */
-    float slope;
 
     float o[MT][DT][4];                                     /* columns as fp32.cuh says */
     float row_max[MT][2], row_sum[MT][2];                   /* rows g and g + 8 of each piece; the sum is this lane's share */
@@ -40,7 +39,6 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
         : a(args), lane(threadIdx.x & 31), warp(threadIdx.x >> 5), b(batch), head(h), kv_head(h / args.group), i0(m * BLOCK_M),
           seq(sequence_of(args.p, batch)), q_tile(shared), k_tile(shared + Q_BYTES), v_tile(k_tile + KV_BYTES)
     {
-        slope = VARIANT >= FA_SCORE_MOD ? alibi_slope(a, b, head) : 0.0f;
         #pragma unroll
         for (int m_ = 0; m_ < MT; m_++) {
             #pragma unroll
@@ -71,7 +69,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
     }
 
     /* S (ROWS, BLOCK_N) = Q K^T */
-    __device__ __forceinline__ void scores(float (&s)[MT][NT][4])
+    template <bool CUT> __device__ __forceinline__ void scores(float (&s)[MT][NT][4])
     {
         #pragma unroll
         for (int m = 0; m < MT; m++)
@@ -84,11 +82,11 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
         for (int channel = 0; channel < (int)a.p.d; channel += 16) {
             left_operand q[MT];
             #pragma unroll
-            for (int m = 0; m < MT; m++) load_left<D>(q[m], step_rows(q_at, channel) + m * 16 * ROW_BYTES);
+            for (int m = 0; m < MT; m++) load_left<D, CUT>(q[m], step_rows(q_at, channel) + m * 16 * ROW_BYTES);
             #pragma unroll
             for (int n = 0; n < NT; n++) {
                 right_operand keys;
-                load_right(keys, step_rows(k_at, channel) + n * 8 * ROW_BYTES);
+                load_right<CUT>(keys, step_rows(k_at, channel) + n * 8 * ROW_BYTES);
                 #pragma unroll
                 for (int m = 0; m < MT; m++) multiply(s[m][n], q[m], keys);
             }
@@ -100,6 +98,8 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
     /* Score mods, then -inf where row and column do not see each other. j0: key of column 0. */
     template <bool MASKED> __device__ __forceinline__ void modify(float (&s)[MT][NT][4], int j0)
     {
+        const bool mods = has_score_mod<VARIANT>(a);
+        const float slope = mods ? alibi_slope(a, b, head) : 0.0f;
         #pragma unroll
         for (int m = 0; m < MT; m++)
             #pragma unroll
@@ -112,13 +112,14 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
                     for (int c = 0; c < 2; c++) {
                         const int j = j0 + n * 8 + (lane & 3) * 2 + c;
                         float &x = s[m][n][2 * half + c], unused;
-                        if (VARIANT >= FA_SCORE_MOD) x = modify_score(a, x, slope, diagonal - j, unused);
+                        if (mods) x = modify_score(a, x, slope, diagonal - j, unused);
                         if (MASKED && (j < first || j >= last)) x = -INFINITY;
                     }
             }
     }
 
-    /* S becomes P; max, sum and O follow. O is rescaled only where some row of the warp has a new maximum. */
+    /* S becomes P; max, sum and O follow. O is rescaled only where some row of the warp has a new maximum. The maximum is taken
+     * off before scores are scaled: they may be as large as floats are. */
     __device__ __forceinline__ void softmax(float (&s)[MT][NT][4])
     {
         const float c = a.exponent_scale;
@@ -130,9 +131,9 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
                 #pragma unroll
                 for (int n = 0; n < NT; n++) top = fmaxf(top, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
                 top = quad_max(top);
-                const float shift = top == -INFINITY ? 0.0f : top * c;              /* no visible key yet: every P is 0 */
+                const float shift = top == -INFINITY ? 0.0f : top;                  /* no visible key yet: every P is 0 */
                 if (__any_sync(0xffffffff, top > row_max[m][half])) {
-                    const float alpha = exp2_approx(row_max[m][half] * c - shift);  /* 0 for the first keys */
+                    const float alpha = exp2_approx((row_max[m][half] - shift) * c); /* 0 for the first keys */
                     row_sum[m][half] *= alpha;
                     #pragma unroll
                     for (int j = 0; j < DT; j++) o[m][j][2 * half] *= alpha, o[m][j][2 * half + 1] *= alpha;
@@ -144,7 +145,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
                     #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         float &x = s[m][n][2 * half + e];
-                        x = exp2_approx(fmaf(x, c, -shift));
+                        x = exp2_approx((x - shift) * c);
                         sum += x;
                     }
                 row_sum[m][half] += sum;
@@ -197,11 +198,12 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
         cp_async_wait<0>();
         __syncthreads();                            /* K(n) is here for all, and all are done with V(n + 1) */
         load_keys(v_tile, a.p.v, n, (int)a.p.d_v, a.aligned_v);
-        scores(s);
+        scores<false>(s);
+        if (warp_has_nan(s)) scores<true>(s);
         cp_async_wait<0>();
         __syncthreads();                            /* V(n) is here for all, and all are done with K(n) */
         load_keys(k_tile, a.p.k, n - 1, (int)a.p.d, a.aligned_k);
-        if (MASKED || VARIANT >= FA_SCORE_MOD) modify<MASKED>(s, n * BLOCK_N);
+        if (MASKED || has_score_mod<VARIANT>(a)) modify<MASKED>(s, n * BLOCK_N);
         softmax(s);
         if (VARIANT == FA_DROPOUT && a.keep256 < 256) drop(s, n * BLOCK_N);
         accumulate(s);
@@ -211,7 +213,8 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
     __device__ __forceinline__ void run()
     {
         const int i_end = min(i0 + BLOCK_M, seq.sq) - 1;
-        const int whole_first = (first_key(a, seq, i_end) + BLOCK_N - 1) / BLOCK_N, whole_last = max(last_key(a, seq, i0), 0) / BLOCK_N;
+        const int whole_first = (first_key(a, seq, i_end) + BLOCK_N - 1) / BLOCK_N;
+        const int whole_last = max(last_key(a, seq, i0), 0) / BLOCK_N;
         load_queries();
         load_keys(k_tile, a.p.k, n_last - 1, (int)a.p.d, a.aligned_k);
         int n = n_last - 1;
@@ -230,7 +233,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
         const float factor = empty ? 0.0f : (VARIANT == FA_DROPOUT ? a.kept : 1.0f) / sum;
         #pragma unroll
         for (int j = 0; j < DT; j++) o[m][j][2 * half] *= factor, o[m][j][2 * half + 1] *= factor;
-        return empty ? -INFINITY : 0.69314718f * (row_max[m][half] * a.exponent_scale + log2_approx(sum));
+        return empty ? -INFINITY : row_max[m][half] * (0.69314718f * a.exponent_scale) + 0.69314718f * log2_approx(sum);
     }
 
     /* This lane's share of a row: `d` columns. */

@@ -1,0 +1,4 @@
+/* cuda/sm80/fp32_bwd_hdim256.cu: the backward kernels of fp32 tensors, head-dim bucket 256. */
+#include "fp32_backward.cuh"
+
+FA_SM80_FP32_INSTANCES(backward, 256)
