@@ -39,7 +39,7 @@ CAPS = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEADS = {512: 8, 1024: 8, 2048: 8, 4096: 4, 8192: 2}      # by sequence length: a call stays within seconds
 QUICK = 512, 2048                                         # the sequence lengths of --quick
-STANDARD_MOST = 4096                                      # longest sequence whose S x S matrix is written out
+STANDARD_MOST = 2048                                      # longest sequence whose S x S matrix is written out
 
 # What we promise, as ratios to SDPA's speed unless said otherwise.
 BARS = {("forward", "fp32"): 1.15, ("forward", "bf16"): 1.15, ("forward", "fp16"): 1.15,

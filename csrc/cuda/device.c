@@ -81,10 +81,12 @@ size_t fa_cuda_info(char *text, size_t size)
                           code ? cudaGetErrorString(code) : "devices:");
     for (int n = 0; n < devices && length >= 0; n++) {
         struct cudaDeviceProp device;
-        const size_t at = (size_t)length < size ? (size_t)length : size;
+        char line[sizeof device.name + 128];
         if (cudaGetDeviceProperties(&device, n)) break;
-        length += snprintf(text ? text + at : NULL, size - at, "  cuda:%d %s, capability %d.%d, %d KB of shared memory a block\n",
-                           n, device.name, device.major, device.minor, (int)(device.sharedMemPerBlockOptin >> 10));
+        const int added = snprintf(line, sizeof line, "  cuda:%d %s, capability %d.%d, %d KB of shared memory a block\n",
+                                   n, device.name, device.major, device.minor, (int)(device.sharedMemPerBlockOptin >> 10));
+        if (text && (size_t)length < size) snprintf(text + length, size - (size_t)length, "%s", line);
+        length += added;
     }
     return length > 0 ? (size_t)length : 0;
 }
