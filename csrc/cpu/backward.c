@@ -24,7 +24,7 @@ struct scratch {
 
 struct backward {
     struct cpu_plan plan;
-    float *dq;                                  /* (rows, d_pad) */
+    float *dq;                                  /* (rows, d_row) */
     float *lse, *delta;                         /* (rows,), lse in units of the scores that P is made of */
     int32_t *added;                             /* (row blocks,) items that have added to dq */
     int32_t *prepared;                          /* (b, hk) row blocks whose delta is ready */
@@ -34,7 +34,7 @@ struct backward {
 
 static struct scratch take_scratch(const struct cpu_plan *plan, struct cpu_arena *arena)
 {
-    const int64_t d = 4 * plan->d_pad, dv = 4 * plan->dv_pad, tile = 4 * BACKWARD_M * BACKWARD_N;
+    const int64_t d = 4 * plan->d_row, dv = 4 * plan->dv_row, tile = 4 * BACKWARD_M * BACKWARD_N;
     const int64_t widest = d > dv ? d : dv;
     struct scratch t;
     t.k = fa_cpu_take(arena, BACKWARD_N * widest);                 /* V rows pass through it first */
@@ -54,7 +54,7 @@ static struct scratch take_scratch(const struct cpu_plan *plan, struct cpu_arena
 static struct backward make_backward(const struct fa_params *p, struct cpu_arena *arena)
 {
     struct backward job = { .plan = fa_cpu_make_plan(FA_BACKWARD, p, arena) };
-    job.dq = fa_cpu_take(arena, 4 * job.plan.total.rows * job.plan.d_pad);
+    job.dq = fa_cpu_take(arena, 4 * job.plan.total.rows * job.plan.d_row);
     job.lse = fa_cpu_take(arena, 4 * job.plan.total.rows);
     job.delta = fa_cpu_take(arena, 4 * job.plan.total.rows);
     job.added = fa_cpu_take(arena, 4 * job.plan.total.row_blocks);
@@ -90,7 +90,7 @@ static void store_dq(const struct backward *job, const struct cpu_rows *rows, co
     const struct cpu_plan *plan = &job->plan;
     const struct fa_params *p = plan->p;
     for (int64_t r = 0; r < rows->count; r++)
-        plan->ops->store_row(fa_cpu_row_at(plan, rows, &p->dq, r), p->dtype, dq + r * plan->d_pad, p->d, (float)p->scale);
+        plan->ops->store_row(fa_cpu_row_at(plan, rows, &p->dq, r), p->dtype, dq + r * plan->d_row, p->d, (float)p->scale);
 }
 
 /* Delta, and the lse as the scores count. A row without keys gets lse = +inf: every P is 0. */
@@ -103,18 +103,18 @@ static void prepare_rows(const struct backward *job, int64_t thread, int64_t ind
     const int64_t first = item.first_row + item.block * BACKWARD_M;
     struct cpu_rows rows;
     fa_cpu_make_rows(plan, &item, item.block, &rows);
-    fa_cpu_load_rows(plan, &rows, &p->out, p->d_v, t.q, plan->dv_pad);
-    fa_cpu_load_rows(plan, &rows, &p->dout, p->d_v, t.dout, plan->dv_pad);
+    fa_cpu_load_rows(plan, &rows, &p->out, p->d_v, t.q, plan->dv_row);
+    fa_cpu_load_rows(plan, &rows, &p->dout, p->d_v, t.dout, plan->dv_row);
     for (int64_t r = 0; r < rows.count; r++) {
         const float lse = load_lse(&p->lse, &rows, r), dlse = p->dlse.ptr ? load_lse(&p->dlse, &rows, r) : 0;
         const bool empty = isinf(lse);
         job->lse[first + r] = empty ? INFINITY : (float)(lse * FA_LOG2E / plan->exponent_scale);
-        job->delta[first + r] = empty ? 0 : plan->ops->dot(t.q + r * plan->dv_pad, t.dout + r * plan->dv_pad, plan->dv_pad) - dlse;
+        job->delta[first + r] = empty ? 0 : plan->ops->dot(t.q + r * plan->dv_row, t.dout + r * plan->dv_row, plan->dv_pad) - dlse;
     }
     *added_to(job, &item, item.block) = 0;
     if (rows.hull.first >= rows.hull.last) {                    /* no item will come by */
-        float *dq = job->dq + first * plan->d_pad;
-        memset(dq, 0, (size_t)(4 * rows.count * plan->d_pad));
+        float *dq = job->dq + first * plan->d_row;
+        memset(dq, 0, (size_t)(4 * rows.count * plan->d_row));
         store_dq(job, &rows, dq);
     }
     fa_advance(&job->prepared[item.b * p->hk + item.kv_head]);
@@ -127,26 +127,26 @@ static void tile(const struct backward *job, const struct scratch *t, const stru
     const struct cpu_plan *plan = &job->plan;
     const struct fa_cpu_ops *ops = plan->ops;
     const int64_t j0 = item->block * BACKWARD_N, m = rows->count, n = fa_pad(count, FA_CHANNEL_PAD), nr = ops->nr;
-    const int64_t d = plan->d_pad, dv = plan->dv_pad, row = item->first_row + block * BACKWARD_M;
+    const int64_t d = plan->d_row, dv = plan->dv_row, row = item->first_row + block * BACKWARD_M;
     const struct fa_result s = { t->s, BACKWARD_N }, ds = { t->ds, BACKWARD_N };
     fa_cpu_load_rows(plan, rows, &plan->p->q, plan->p->d, t->q, d);
     fa_cpu_load_rows(plan, rows, &plan->p->dout, plan->p->d_v, t->dout, dv);
 
-    ops->gemm(s, (struct fa_left){ t->q, d, 1 }, (struct fa_right){ t->k_panels, nr, nr * d }, m, n, plan->p->d, false);
-    ops->gemm(ds, (struct fa_left){ t->dout, dv, 1 }, (struct fa_right){ t->v_panels, nr, nr * dv }, m, n, plan->p->d_v, false);
+    ops->gemm(s, (struct fa_left){ t->q, d, 1 }, (struct fa_right){ t->k_panels, nr, nr * plan->d_pad }, m, n, plan->p->d, false);
+    ops->gemm(ds, (struct fa_left){ t->dout, dv, 1 }, (struct fa_right){ t->v_panels, nr, nr * plan->dv_pad }, m, n, plan->p->d_v, false);
     fa_cpu_modify_scores(plan, rows, 0, s, j0, n, t->derivative);
     if (t->z) fa_cpu_dropout_mask(plan, rows, 0, t->z, BACKWARD_N, j0, n);
     ops->softmax_backward(s, ds, m, n, plan->exponent_scale, job->lse + row, job->delta + row, t->z, t->derivative);
 
     const struct fa_left p_t = { t->s, 1, BACKWARD_N }, ds_t = { t->ds, 1, BACKWARD_N };
-    ops->gemm((struct fa_result){ t->dv, dv }, p_t, (struct fa_right){ t->dout, dv, nr }, count, dv, m, true);
-    ops->gemm((struct fa_result){ t->dk, d }, ds_t, (struct fa_right){ t->q, d, nr }, count, d, m, true);
+    ops->gemm((struct fa_result){ t->dv, dv }, p_t, (struct fa_right){ t->dout, dv, nr }, count, plan->dv_pad, m, true);
+    ops->gemm((struct fa_result){ t->dk, d }, ds_t, (struct fa_right){ t->q, d, nr }, count, plan->d_pad, m, true);
 
     const int32_t turn = (int32_t)(item->block - rows->hull.first / BACKWARD_N);   /* items that add before this one */
     int32_t *added = added_to(job, item, block);
     fa_wait_for(added, turn);
     ops->gemm((struct fa_result){ job->dq + row * d, d }, (struct fa_left){ t->ds, BACKWARD_N, 1 },
-              (struct fa_right){ t->k, d, nr }, m, d, count, turn > 0);
+              (struct fa_right){ t->k, d, nr }, m, plan->d_pad, count, turn > 0);
     if (item->block == (rows->hull.last - 1) / BACKWARD_N) store_dq(job, rows, job->dq + row * d);
     else fa_advance(added);
 }
@@ -158,10 +158,10 @@ static void load_keys(const struct backward *job, const struct scratch *t, const
     const int64_t j0 = item->block * BACKWARD_N, size = (int64_t)fa_sizeof(p->dtype);
     const char *k = (char *)p->k.ptr + size * fa_offset(&p->k, item->b, item->seq.k0, j0, item->kv_head);
     const char *v = (char *)p->v.ptr + size * fa_offset(&p->v, item->b, item->seq.k0, j0, item->kv_head);
-    plan->ops->load_rows(t->k, plan->dv_pad, v, p->dtype, p->v.stride_s, count, p->d_v);
-    plan->ops->pack_transposed(t->v_panels, t->k, plan->dv_pad, count, p->d_v);
-    plan->ops->load_rows(t->k, plan->d_pad, k, p->dtype, p->k.stride_s, count, p->d);
-    plan->ops->pack_transposed(t->k_panels, t->k, plan->d_pad, count, p->d);
+    plan->ops->load_rows(t->k, plan->dv_row, v, p->dtype, p->v.stride_s, count, p->d_v);
+    plan->ops->pack_transposed(t->v_panels, t->k, plan->dv_row, count, p->d_v);
+    plan->ops->load_rows(t->k, plan->d_row, k, p->dtype, p->k.stride_s, count, p->d);
+    plan->ops->pack_transposed(t->k_panels, t->k, plan->d_row, count, p->d);
 }
 
 static void differentiate(const struct backward *job, int64_t thread, int64_t index)
@@ -173,8 +173,8 @@ static void differentiate(const struct backward *job, int64_t thread, int64_t in
     const int64_t j0 = item.block * BACKWARD_N, left = item.seq.sk - j0, count = left < BACKWARD_N ? left : BACKWARD_N;
     const int64_t row_blocks = fa_blocks(plan->group * item.seq.sq, BACKWARD_M);
     load_keys(job, &t, &item, count);
-    memset(t.dk, 0, (size_t)(4 * count * plan->d_pad));
-    memset(t.dv, 0, (size_t)(4 * count * plan->dv_pad));
+    memset(t.dk, 0, (size_t)(4 * count * plan->d_row));
+    memset(t.dv, 0, (size_t)(4 * count * plan->dv_row));
 
     fa_wait_for(&job->prepared[item.b * p->hk + item.kv_head], (int32_t)row_blocks);
     for (int64_t block = row_blocks - 1; block >= 0; block--) {
@@ -188,8 +188,8 @@ static void differentiate(const struct backward *job, int64_t thread, int64_t in
     for (int64_t j = 0; j < count; j++) {
         char *dk = (char *)p->dk.ptr + size * fa_offset(&p->dk, item.b, item.seq.k0, j0 + j, item.kv_head);
         char *dv = (char *)p->dv.ptr + size * fa_offset(&p->dv, item.b, item.seq.k0, j0 + j, item.kv_head);
-        plan->ops->store_row(dk, p->dtype, t.dk + j * plan->d_pad, p->d, (float)p->scale);
-        plan->ops->store_row(dv, p->dtype, t.dv + j * plan->dv_pad, p->d_v, 1);
+        plan->ops->store_row(dk, p->dtype, t.dk + j * plan->d_row, p->d, (float)p->scale);
+        plan->ops->store_row(dv, p->dtype, t.dv + j * plan->dv_row, p->d_v, 1);
     }
 }
 

@@ -15,7 +15,7 @@ struct scratch { float *q, *s, *o, *z; };       /* one thread's: (M, d) (M, N) (
 
 struct forward {
     struct cpu_plan plan;
-    float *k_panels, *v_rows;                   /* (keys, d_pad) in panels, (keys, dv_pad) */
+    float *k_panels, *v_rows;                   /* (keys, d_pad) in panels, (keys, dv_row) */
     int32_t *packed;                            /* (b, hk) key blocks that are ready */
     char *scratch;
     int64_t scratch_bytes;
@@ -24,8 +24,8 @@ struct forward {
 static struct scratch take_scratch(const struct cpu_plan *plan, struct cpu_arena *arena)
 {
     struct scratch t;
-    const int64_t channels = plan->d_pad > plan->dv_pad ? plan->d_pad : plan->dv_pad;
-    t.q = fa_cpu_take(arena, 4 * FORWARD_M * plan->d_pad);
+    const int64_t channels = plan->d_row > plan->dv_row ? plan->d_row : plan->dv_row;
+    t.q = fa_cpu_take(arena, 4 * FORWARD_M * plan->d_row);
     t.s = fa_cpu_take(arena, 4 * FORWARD_M * FORWARD_N);
     t.o = fa_cpu_take(arena, 4 * FORWARD_M * channels);           /* pack_keys loads K rows here */
     t.z = plan->keep256 < 256 ? fa_cpu_take(arena, 4 * FORWARD_M * FORWARD_N) : NULL;
@@ -36,7 +36,7 @@ static struct forward make_forward(const struct fa_params *p, struct cpu_arena *
 {
     struct forward job = { .plan = fa_cpu_make_plan(FA_FORWARD, p, arena) };
     job.k_panels = fa_cpu_take(arena, 4 * job.plan.total.keys * job.plan.d_pad);
-    job.v_rows = fa_cpu_take(arena, 4 * job.plan.total.keys * job.plan.dv_pad);
+    job.v_rows = fa_cpu_take(arena, 4 * job.plan.total.keys * job.plan.dv_row);
     job.packed = fa_cpu_take(arena, 4 * p->b * p->hk);
     struct cpu_arena one = { NULL, 0 };
     take_scratch(&job.plan, &one);
@@ -67,9 +67,9 @@ static void pack_keys(const struct forward *job, int64_t thread, int64_t index)
     const char *k = (char *)p->k.ptr + size * fa_offset(&p->k, item.b, item.seq.k0, j0, item.kv_head);
     const char *v = (char *)p->v.ptr + size * fa_offset(&p->v, item.b, item.seq.k0, j0, item.kv_head);
     float *rows = scratch_of(job, thread).o;
-    plan->ops->load_rows(rows, plan->d_pad, k, p->dtype, p->k.stride_s, count, p->d);
-    plan->ops->pack_transposed(job->k_panels + key * plan->d_pad, rows, plan->d_pad, count, p->d);
-    plan->ops->load_rows(job->v_rows + key * plan->dv_pad, plan->dv_pad, v, p->dtype, p->v.stride_s, count, p->d_v);
+    plan->ops->load_rows(rows, plan->d_row, k, p->dtype, p->k.stride_s, count, p->d);
+    plan->ops->pack_transposed(job->k_panels + key * plan->d_pad, rows, plan->d_row, count, p->d);
+    plan->ops->load_rows(job->v_rows + key * plan->dv_row, plan->dv_row, v, p->dtype, p->v.stride_s, count, p->d_v);
     fa_advance(&job->packed[item.b * p->hk + item.kv_head]);
 }
 
@@ -78,7 +78,7 @@ static void store_rows(const struct cpu_plan *plan, const struct cpu_rows *rows,
     const struct fa_params *p = plan->p;
     for (int64_t r = 0; r < rows->count; r++) {
         const bool empty = sum[r] == 0;                         /* no visible key; NaN is not empty */
-        plan->ops->store_row(fa_cpu_row_at(plan, rows, &p->out, r), p->dtype, o + r * plan->dv_pad, p->d_v, empty ? 0 : 1 / sum[r]);
+        plan->ops->store_row(fa_cpu_row_at(plan, rows, &p->out, r), p->dtype, o + r * plan->dv_row, p->d_v, empty ? 0 : 1 / sum[r]);
         const double lse = (double)max[r] * plan->exponent_scale * FA_LN2 + log(sum[r]);
         ((float *)p->lse.ptr)[fa_offset(&p->lse, rows->b, rows->seq.q0, rows->i[r], rows->head[r])] = empty ? -INFINITY : (float)lse;
     }
@@ -93,13 +93,13 @@ static void attend(const struct forward *job, int64_t thread, int64_t index)
     const int64_t key = first_key(plan, &item), nr = ops->nr;
     struct cpu_rows rows;
     fa_cpu_make_rows(plan, &item, item.block, &rows);
-    fa_cpu_load_rows(plan, &rows, &plan->p->q, plan->p->d, t.q, plan->d_pad);
+    fa_cpu_load_rows(plan, &rows, &plan->p->q, plan->p->d, t.q, plan->d_row);
 
     const struct fa_result s = { t.s, FORWARD_N };
     const bool causal_run = rows.head[0] == rows.head[rows.count - 1];      /* one head: later rows see no fewer keys */
     float max[FORWARD_M], sum[FORWARD_M] = {0};
     for (int64_t r = 0; r < rows.count; r++) max[r] = -INFINITY;
-    memset(t.o, 0, (size_t)(4 * rows.count * plan->dv_pad));
+    memset(t.o, 0, (size_t)(4 * rows.count * plan->dv_row));
     fa_wait_for(&job->packed[item.b * plan->p->hk + item.kv_head], (int32_t)fa_blocks(item.seq.sk, FORWARD_N));
 
     int64_t first = 0, step;                                    /* rows before see none of the keys from j0 on */
@@ -109,9 +109,9 @@ static void attend(const struct forward *job, int64_t thread, int64_t index)
         const int64_t left = rows.hull.last - j0, count = left < step ? left : step;
         const int64_t m = rows.count - first, n = fa_pad(count, FA_CHANNEL_PAD);
         const struct fa_right k = { job->k_panels + (key + j0) * plan->d_pad, nr, nr * plan->d_pad };
-        const struct fa_right v = { job->v_rows + (key + j0) * plan->dv_pad, plan->dv_pad, nr };
-        const struct fa_result o = { t.o + first * plan->dv_pad, plan->dv_pad };
-        ops->gemm(s, (struct fa_left){ t.q + first * plan->d_pad, plan->d_pad, 1 }, k, m, n, plan->p->d, false);    /* S = Q K^T */
+        const struct fa_right v = { job->v_rows + (key + j0) * plan->dv_row, plan->dv_row, nr };
+        const struct fa_result o = { t.o + first * plan->dv_row, plan->dv_row };
+        ops->gemm(s, (struct fa_left){ t.q + first * plan->d_row, plan->d_row, 1 }, k, m, n, plan->p->d, false);    /* S = Q K^T */
         fa_cpu_modify_scores(plan, &rows, first, s, j0, n, NULL);
         ops->online_softmax(s, m, n, plan->exponent_scale, max + first, sum + first, o, plan->dv_pad);
         if (t.z) {

@@ -24,6 +24,8 @@ struct cpu_plan fa_cpu_make_plan(enum fa_pass pass, const struct fa_params *p, s
         .scale_first = natural && !(p->softcap > 0),
         .keep256 = fa_keep256(p->dropout_p),
     };
+    plan.d_row = plan.d_pad + (plan.d_pad % 128 ? 0 : FA_CHANNEL_PAD);
+    plan.dv_row = plan.dv_pad + (plan.dv_pad % 128 ? 0 : FA_CHANNEL_PAD);
     if (plan.keep256 < 256 && arena->base) {
         plan.seed = (uint64_t)p->rng[0];
         plan.offset = (uint64_t)p->rng[1];

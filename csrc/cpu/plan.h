@@ -32,6 +32,7 @@ struct cpu_plan {
     int64_t block_m, block_n;           /* rows, keys of a block in this pass */
     int64_t group;                      /* query heads per key/value head */
     int64_t d_pad, dv_pad;              /* channels of fp32 copies */
+    int64_t d_row, dv_row;              /* and their row strides: not 512 bytes, where a panel of rows would share half of L1's sets */
     float exponent_scale;               /* P = exp2(exponent_scale (score - ...)) */
     bool scale_first;                   /* scores are multiplied by `scale` before anything else */
     uint64_t seed, offset;              /* dropout */

@@ -1,6 +1,6 @@
 /* check_cpu.c: every instruction set against the definition, and timed beside it, without Python or torch.
  *
- *     make check-c                        all levels that this CPU has
+ *     make checkasm                       all levels that this CPU has
  *
  * First each micro-kernel of cpu/ops.h: AVX2 and AVX-512 must agree with generic C, and show their speed. Then whole
  * calls through flash_attn.h with random shapes and features: each level must agree with common/reference.c. Prints one
