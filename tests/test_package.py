@@ -99,6 +99,7 @@ def test_one_thread_pool():
         a = torch.randn(600, 600)
         (a @ a).sum(), a.exp()
         big = torch.randn(4000000).add_(1)
+        torch.ones(3, requires_grad=True).sum().backward()      # autograd starts threads of its own, one a GPU
         before = threads()
         q = torch.randn(2, 512, 4, 64, requires_grad=True)
         for _ in range(3):
