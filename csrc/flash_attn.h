@@ -2,7 +2,8 @@
  *
  *     s_ij  = scale * (q_i . k_j)                          then softcap * tanh(s / softcap)  if softcap > 0
  *     s_ij -= slope_h * |i + sk - sq - j|                  if alibi
- *     j is visible to i  <=>  0 <= j < sk  and  i + sk - sq - left <= j <= i + sk - sq + right
+ *     s_ij += bias_ij                                      if bias; -inf hides j from i
+ *     j is visible to i  <=>  0 <= j < sk  and  i + sk - sq - left <= j <= i + sk - sq + right  and  mask_ij
  *     lse_i = log sum_{visible j} exp(s_ij)                o_i = sum_{visible j} Z_ij exp(s_ij - lse_i) v_j
  *
  * A row with no visible key has o = 0, lse = -inf and zero gradients. Z is the dropout mask of common/philox.h.
@@ -36,6 +37,10 @@ struct fa_error { char text[512]; };
  * lse and dlse have no channel. ptr = NULL: absent. */
 struct fa_tensor { void *ptr; int64_t stride_b, stride_s, stride_h; };
 
+/* A tensor over the scores, with indices (batch, head, query, key), for dense calls. Stride 0 along an index: the same for all of
+ * it; where such a tensor is written, the sum over it. ptr = NULL: absent. */
+struct fa_scores { void *ptr; enum fa_dtype dtype; int64_t stride_b, stride_h, stride_q, stride_k; };
+
 struct fa_params {
     enum fa_device device;
     enum fa_dtype  dtype;                       /* of q, k, v, out and their gradients */
@@ -57,6 +62,8 @@ struct fa_params {
     int64_t window_left, window_right;          /* inclusive bounds, negative = unlimited; causal is right = 0 */
     const float *alibi;                         /* slopes (h,) or (b, h) */
     int64_t alibi_stride_b;                     /* 0 for (h,) */
+    struct fa_scores bias, dbias;               /* any float dtype, the same for both; dbias is optional */
+    struct fa_scores mask;                      /* one byte an element, its dtype ignored: not 0 = visible */
     double  dropout_p;
     const int64_t *rng;                         /* (2,) seed and offset, on the data's device */
 

@@ -27,7 +27,7 @@ static struct state *state_of(PyObject *module)
 
 /* ---- fields: one row for each member that Python may set, in the order in which Python passes them ---- */
 
-enum kind { TENSOR, POINTER, INT64, ENUM, DOUBLE, BOOL };
+enum kind { TENSOR, SCORES, POINTER, INT64, ENUM, DOUBLE, BOOL };
 
 struct field { const char *name; size_t offset; enum kind kind; };
 
@@ -46,6 +46,7 @@ static const struct field fields[] = {
     FIELD(scale, DOUBLE),      FIELD(softcap, DOUBLE),
     FIELD(window_left, INT64), FIELD(window_right, INT64),
     FIELD(alibi, POINTER),     FIELD(alibi_stride_b, INT64),
+    FIELD(bias, SCORES),       FIELD(dbias, SCORES),      FIELD(mask, SCORES),
     FIELD(dropout_p, DOUBLE),  FIELD(rng, POINTER),
     FIELD(deterministic, BOOL), FIELD(debug, BOOL),
     FIELD(n_threads, INT64),   FIELD(device_index, INT64), FIELD(stream, POINTER),
@@ -54,6 +55,7 @@ enum { FIELDS = sizeof fields / sizeof *fields };
 
 static const char *const expected[] = {
     [TENSOR] = "None or a tuple of four ints (ptr, stride_b, stride_s, stride_h)",
+    [SCORES] = "None or a tuple of six ints (ptr, dtype, stride_b, stride_h, stride_q, stride_k)",
     [POINTER] = "None or an int (an address)",
     [INT64] = "an int of at most 64 bits",
     [ENUM] = "an int, one of this module's constants",
@@ -86,6 +88,15 @@ static bool read_pointer(PyObject *value, void **out)
     return *out || !PyErr_Occurred();
 }
 
+static bool read_enum(PyObject *value, void *out)
+{
+    long number = PyLong_AsLong(value);
+    int narrow = (int)number;
+    if (narrow != number || (number == -1 && PyErr_Occurred())) return false;
+    memcpy(out, &narrow, sizeof narrow);
+    return true;
+}
+
 static bool read_tensor(PyObject *value, struct fa_tensor *out)
 {
     if (value == Py_None) return true;
@@ -96,13 +107,16 @@ static bool read_tensor(PyObject *value, struct fa_tensor *out)
         && read_int64(PyTuple_GetItem(value, 3), &out->stride_h);
 }
 
-static bool read_enum(PyObject *value, void *out)
+static bool read_scores(PyObject *value, struct fa_scores *out)
 {
-    long number = PyLong_AsLong(value);
-    int narrow = (int)number;
-    if (narrow != number || (number == -1 && PyErr_Occurred())) return false;
-    memcpy(out, &narrow, sizeof narrow);
-    return true;
+    if (value == Py_None) return true;
+    return PyTuple_Check(value) && PyTuple_Size(value) == 6
+        && read_pointer(PyTuple_GetItem(value, 0), &out->ptr)
+        && read_enum(PyTuple_GetItem(value, 1), &out->dtype)
+        && read_int64(PyTuple_GetItem(value, 2), &out->stride_b)
+        && read_int64(PyTuple_GetItem(value, 3), &out->stride_h)
+        && read_int64(PyTuple_GetItem(value, 4), &out->stride_q)
+        && read_int64(PyTuple_GetItem(value, 5), &out->stride_k);
 }
 
 static bool read_double(PyObject *value, double *out)
@@ -122,6 +136,7 @@ static bool read_field(const struct field *field, PyObject *value, struct fa_par
     void *member = (char *)p + field->offset;
     switch (field->kind) {
     case TENSOR:  return read_tensor(value, member);
+    case SCORES:  return read_scores(value, member);
     case POINTER: return read_pointer(value, member);
     case INT64:   return read_int64(value, member);
     case ENUM:    return read_enum(value, member);
