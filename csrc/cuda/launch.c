@@ -63,7 +63,7 @@ static bool has_score_mod(const struct fa_params *p)
     return p->softcap > 0 || p->alibi || p->scale <= 0;
 }
 
-static enum fa_variant variant_of(const struct fa_params *p)
+enum fa_variant fa_cuda_variant(const struct fa_params *p)
 {
     if (fa_keep256(p->dropout_p) < 256) return FA_DROPOUT;
     return has_score_mod(p) ? FA_SCORE_MOD : FA_PLAIN;
@@ -82,7 +82,7 @@ static const struct fa_cuda_kernel *find_kernel(enum fa_pass pass, const struct 
 {
     fa_cuda_find *find = pass == FA_FORWARD ? bucket_of(p)->forward : bucket_of(p)->backward;
     for (int small = 0; small < 2; small++) {
-        const struct fa_cuda_kernel *kernel = find(p->dtype, variant_of(p), small);
+        const struct fa_cuda_kernel *kernel = find(p->dtype, fa_cuda_variant(p), small);
         if (kernel->shared_bytes <= shared_limit(device)) return kernel;
     }
     return NULL;
@@ -98,7 +98,7 @@ static bool is_aligned(const struct fa_params *p, const struct fa_tensor *t)
 
 static int window_of(int64_t bound) { return bound < 0 || bound >= ROW_LIMIT ? -1 : (int)bound; }
 
-static struct fa_cuda_args arguments_of(const struct fa_params *p)
+struct fa_cuda_args fa_cuda_arguments(const struct fa_params *p)
 {
     const int keep256 = fa_keep256(p->dropout_p);
     return (struct fa_cuda_args){
@@ -180,7 +180,7 @@ static enum fa_status make_plan(enum fa_pass pass, const struct fa_params *p, st
     const struct fa_cuda_device *device = fa_cuda_device(p->device_index, error);
     if (!device) return FA_FAILED;
     plan->bytes = 0;
-    plan->args = arguments_of(p);
+    plan->args = fa_cuda_arguments(p);
     plan->kernel = find_kernel(pass, p, device);
     plan->args.m_tiles = (int)blocks_of(p->sq, plan->kernel->block_m);
     plan->args.n_tiles = (int)blocks_of(p->sk, plan->kernel->block_n);
@@ -201,8 +201,8 @@ static int64_t workspace(enum fa_pass pass, const struct fa_params *p)
 /* ---- the launches ---- */
 
 /* One kernel in the call's stream; none where there is nothing to do. */
-static enum fa_status launch(const char *name, const struct fa_cuda_kernel *kernel, int64_t blocks, int splits,
-                             const struct fa_cuda_args *args, struct fa_error *error)
+enum fa_status fa_cuda_launch(const char *name, const struct fa_cuda_kernel *kernel, int64_t blocks, int splits,
+                              const void *args, void *stream, struct fa_error *error)
 {
     const struct dim3 grid = { (unsigned)blocks, (unsigned)splits, 1 }, block = { (unsigned)kernel->threads, 1, 1 };
     void *values[] = { (void *)args };
@@ -212,33 +212,33 @@ static enum fa_status launch(const char *name, const struct fa_cuda_kernel *kern
         status = fa_cuda_status(cudaFuncSetAttribute(kernel->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                      kernel->shared_bytes), "cudaFuncSetAttribute", error);
     if (status) return status;
-    return fa_cuda_status(cudaLaunchKernel(kernel->function, grid, block, values, (size_t)kernel->shared_bytes, args->p.stream),
+    return fa_cuda_status(cudaLaunchKernel(kernel->function, grid, block, values, (size_t)kernel->shared_bytes, stream),
                           name, error);
 }
 
 /* A helper kernel over `rows` rows of every head. */
-static enum fa_status launch_rows(const char *name, fa_cuda_helper *helper, int64_t rows, const struct fa_cuda_args *args,
-                                  struct fa_error *error)
+enum fa_status fa_cuda_launch_rows(const char *name, fa_cuda_helper *helper, int64_t rows, const struct fa_cuda_args *args,
+                                   struct fa_error *error)
 {
     const struct fa_cuda_kernel *kernel = helper(args->p.dtype);
-    return launch(name, kernel, args->p.b * args->p.h * blocks_of(rows, kernel->block_m), 1, args, error);
+    return fa_cuda_launch(name, kernel, args->p.b * args->p.h * blocks_of(rows, kernel->block_m), 1, args, args->p.stream, error);
 }
 
 /* Blocks for the gaps before, between and after the sequences; how long the gaps are only the device knows. */
-static enum fa_status launch_fill(fa_cuda_helper *helper, const struct fa_cuda_args *args, struct fa_error *error)
+enum fa_status fa_cuda_launch_fill(fa_cuda_helper *helper, const struct fa_cuda_args *args, struct fa_error *error)
 {
     const int64_t gaps = args->p.b + 1, each = most(1, least(MOST_BLOCKS_PER_GAP, FILL_BLOCKS / gaps));
-    return launch("launch of the fill kernel", helper(args->p.dtype), gaps * each, 1, args, error);
+    return fa_cuda_launch("launch of the fill kernel", helper(args->p.dtype), gaps * each, 1, args, args->p.stream, error);
 }
 
 static enum fa_status run_forward(const struct plan *plan, struct fa_error *error)
 {
     const struct fa_cuda_args *a = &plan->args;
     const int64_t tiles = a->p.b * a->p.h * a->m_tiles;
-    enum fa_status status = launch("launch of the forward kernel", plan->kernel, tiles, a->splits, a, error);
-    if (!status && a->splits > 1) status = launch_rows("launch of the combine kernel", fa_cuda_combine, a->p.sq, a, error);
-    if (!status && a->p.cu_q) status = launch_fill(fa_cuda_fill_forward, a, error);
-    if (!status && a->p.s_dmask) status = launch_rows("launch of the dmask kernel", fa_cuda_dmask, a->p.dmask_sq, a, error);
+    enum fa_status status = fa_cuda_launch("launch of the forward kernel", plan->kernel, tiles, a->splits, a, a->p.stream, error);
+    if (!status && a->splits > 1) status = fa_cuda_launch_rows("launch of the combine kernel", fa_cuda_combine, a->p.sq, a, error);
+    if (!status && a->p.cu_q) status = fa_cuda_launch_fill(fa_cuda_fill_forward, a, error);
+    if (!status && a->p.s_dmask) status = fa_cuda_launch_rows("launch of the dmask kernel", fa_cuda_dmask, a->p.dmask_sq, a, error);
     return status;
 }
 
@@ -246,10 +246,10 @@ static enum fa_status run_backward(const struct plan *plan, struct fa_error *err
 {
     const struct fa_cuda_args *a = &plan->args;
     const int64_t tiles = a->p.b * a->p.hk * a->n_tiles;
-    enum fa_status status = launch_rows("launch of the prepare kernel", fa_cuda_prepare, pad(a->p.sq, ROW_PAD), a, error);
-    if (!status) status = launch("launch of the backward kernel", plan->kernel, tiles, 1, a, error);
-    if (!status) status = launch_rows("launch of the convert kernel", fa_cuda_convert, a->p.sq, a, error);
-    if (!status && (a->p.cu_q || a->p.cu_k || a->p.seqused_k)) status = launch_fill(fa_cuda_fill_backward, a, error);
+    enum fa_status status = fa_cuda_launch_rows("launch of the prepare kernel", fa_cuda_prepare, pad(a->p.sq, ROW_PAD), a, error);
+    if (!status) status = fa_cuda_launch("launch of the backward kernel", plan->kernel, tiles, 1, a, a->p.stream, error);
+    if (!status) status = fa_cuda_launch_rows("launch of the convert kernel", fa_cuda_convert, a->p.sq, a, error);
+    if (!status && (a->p.cu_q || a->p.cu_k || a->p.seqused_k)) status = fa_cuda_launch_fill(fa_cuda_fill_backward, a, error);
     return status;
 }
 
@@ -268,7 +268,7 @@ static enum fa_status run(enum fa_pass pass, const struct fa_params *p, struct f
 
 /* ---- the row of the kernel table ---- */
 
-static enum fa_status check_sizes(const struct fa_params *p, struct fa_error *why)
+enum fa_status fa_cuda_check_sizes(const struct fa_params *p, struct fa_error *why)
 {
     const int64_t queries = p->cu_q ? most(p->sq, p->total_q) : p->sq;
     const int64_t longest = most(most(p->sq, p->sk), p->s_dmask ? p->dmask_sq : 0);
@@ -291,7 +291,7 @@ static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_err
         fa_fail(why, FA_UNSUPPORTED, "serves float32, float16 and bfloat16; cast q, k and v, or pass CPU tensors");
         return false;
     }
-    if (check_sizes(p, why) || !(device = fa_cuda_device(p->device_index, why))) return false;
+    if (fa_cuda_check_sizes(p, why) || !(device = fa_cuda_device(p->device_index, why))) return false;
     if (device->capability < SMALLEST_CAPABILITY) {
         fa_fail(why, FA_UNSUPPORTED, "needs a GPU of compute capability 8.0 or more, cuda:%d has %d.%d; pass CPU tensors",
                 (int)p->device_index, device->capability / 10, device->capability % 10);

@@ -20,6 +20,18 @@ typedef const struct fa_cuda_kernel *fa_cuda_helper(enum fa_dtype dtype);
 
 fa_cuda_helper fa_cuda_fill_forward, fa_cuda_fill_backward, fa_cuda_combine, fa_cuda_dmask, fa_cuda_prepare, fa_cuda_convert;
 
+/* What the kernel families share: how a call becomes arguments, and how it is launched. None of it waits for the device. */
+enum fa_variant fa_cuda_variant(const struct fa_params *p);
+struct fa_cuda_args fa_cuda_arguments(const struct fa_params *p);
+enum fa_status fa_cuda_check_sizes(const struct fa_params *p, struct fa_error *why);
+
+/* One kernel over a grid of blocks x splits; a helper over `rows` rows of every head; a fill kernel. Nothing where blocks = 0. */
+enum fa_status fa_cuda_launch(const char *name, const struct fa_cuda_kernel *kernel, int64_t blocks, int splits,
+                              const void *args, void *stream, struct fa_error *error);
+enum fa_status fa_cuda_launch_rows(const char *name, fa_cuda_helper *helper, int64_t rows, const struct fa_cuda_args *args,
+                                   struct fa_error *error);
+enum fa_status fa_cuda_launch_fill(fa_cuda_helper *helper, const struct fa_cuda_args *args, struct fa_error *error);
+
 /* One head-dim bucket of a pass; `small` finds the tile for devices with little shared memory. */
 typedef const struct fa_cuda_kernel *fa_cuda_find(enum fa_dtype dtype, enum fa_variant variant, bool small);
 
