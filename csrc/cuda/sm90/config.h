@@ -11,7 +11,8 @@ template <int G, int BN, int Q, bool P> struct sm90_forward_row {
 };
 template <int D, fa_variant V> struct sm90_forward_tile;
 /*                                                               GROUPS  BLOCK_N  Q_STAGES  PING_PONG       KB */
-template <fa_variant V> struct sm90_forward_tile< 64, V> : sm90_forward_row<3, 128, 2, true> {};
+template <fa_variant V> struct sm90_forward_tile< 64, V> : sm90_forward_row<2, 128, 2, true> {};
+template <> struct sm90_forward_tile< 64, FA_PLAIN>      : sm90_forward_row<3, 128, 2, true> {};
 template <fa_variant V> struct sm90_forward_tile< 96, V> : sm90_forward_row<2, 128, 2, false> {};
 template <fa_variant V> struct sm90_forward_tile<128, V> : sm90_forward_row<2, 128, 2, false> {};
 template <fa_variant V> struct sm90_forward_tile<192, V> : sm90_forward_row<2,  96, 1, false> {};

@@ -83,8 +83,9 @@ template <int D, class Tile> struct forward_producer : forward_shape<D, Tile> {
         const int stage = tiles % Q_STAGES, parity = tiles / Q_STAGES & 1;
         const uint32_t full = barrier(shape::Q_FULL + stage);
         mbarrier_wait(barrier(shape::Q_EMPTY + stage), parity ^ 1);
-        store_shared_16(shared + shape::INFO_AT + stage * sizeof info, make_uint4(info.b, info.head, info.i0, info.q0));
-        store_shared_16(shared + shape::INFO_AT + stage * sizeof info + 16, make_uint4(info.sq, info.sk, info.n_first, info.n_last));
+        const uint32_t at = shared + shape::INFO_AT + tiles % 2 * sizeof info;
+        store_shared_16(at, make_uint4(info.b, info.head, info.i0, info.q0));
+        store_shared_16(at + 16, make_uint4(info.sq, info.sk, info.n_first, info.n_last));
         tiles++;
         if (info.b < 0) return mbarrier_arrive(full);
         mbarrier_arrive_expect(full, shape::Q_BYTES);
@@ -138,7 +139,6 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     const int group, warp, lane;
     forward_tile_info tile;
     int blocks, tiles;                          /* key blocks whose scores were asked for, tiles begun */
-    float slope;
 
     float s[S_COUNT];                           /* (64, BLOCK_N) */
     float o[O_COUNT];                           /* (64, D) */
@@ -146,22 +146,26 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     float row_max[2], row_sum[2];               /* rows g and g + 8; the sum is this lane's share */
 
     __device__ __forceinline__ forward_consumer(const fa_cuda_args &args, uint32_t smem)
-        : a(args), shared(smem), group(threadIdx.x / 128 - 1), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), blocks(0), tiles(0) {}
+        : a(args), shared(smem), group(__shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), blocks(0), tiles(0) {}
 
     __device__ __forceinline__ uint32_t barrier(int n) const { return shared + shape::BARRIERS_AT + 8 * n; }
     __device__ __forceinline__ void release(int n) { if (lane == 0) mbarrier_arrive(barrier(n)); }
     __device__ __forceinline__ int query(int half) const { return tile.i0 + group * 64 + warp * 16 + half * 8 + lane / 4; }
 
-    /* The next tile of the stream, its Q in shared memory; false at the end. */
+    /* The n-th tile of the stream; its place is taken again when tile n + 2 is due, and n has been stored. */
+    __device__ __forceinline__ forward_tile_info info(int n) const
+    {
+        const uint32_t at = shared + shape::INFO_AT + n % 2 * sizeof tile;
+        const uint4 x = load_shared_16(at), y = load_shared_16(at + 16);
+        return { (int)x.x, (int)x.y, (int)x.z, (int)x.w, (int)y.x, (int)y.y, (int)y.z, (int)y.w };
+    }
+    /* Goes on to the next tile, its Q in shared memory; false at the end. */
     __device__ __forceinline__ bool next_tile()
     {
         const int stage = tiles % Q_STAGES, parity = tiles / Q_STAGES & 1;
         mbarrier_wait(barrier(shape::Q_FULL + stage), parity);
-        const uint32_t at = shared + shape::INFO_AT + stage * sizeof tile;
-        const uint4 x = load_shared_16(at), y = load_shared_16(at + 16);
-        tile = { (int)x.x, (int)x.y, (int)x.z, (int)x.w, (int)y.x, (int)y.y, (int)y.z, (int)y.w };
+        tile = info(tiles);
         tiles++;
-        if (tile.b >= 0 && has_score_mod<VARIANT>(a)) slope = alibi_slope(a, tile.b, tile.head);
         return tile.b >= 0;
     }
     __device__ __forceinline__ sequence current() const { return { tile.q0, 0, tile.sq, tile.sk, tile.sq, tile.sk }; }
@@ -209,6 +213,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     {
         const sequence seq = current();
         const int j0 = n * BLOCK_N + lane % 4 * 2;
+        const float slope = has_score_mod<VARIANT>(a) ? alibi_slope(a, tile.b, tile.head) : 0.0f;
         #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int i = query(half), diagonal = i + seq.sk - seq.sq;
@@ -246,28 +251,33 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             moved |= (top[half] - row_max[half]) * c > LAG;
         }
         moved = __any_sync(0xffffffff, moved);
-        if (moved) {
-            #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                alpha[half] = top[half] == -INFINITY ? 0.0f : exp2_approx((row_max[half] - top[half]) * c);
-                row_sum[half] *= alpha[half];
-                row_max[half] = top[half];
-            }
-        }
+        float sum[2] = { 0.0f, 0.0f };
         #pragma unroll
         for (int half = 0; half < 2; half++) {
+            alpha[half] = row_max[half];
+            row_max[half] = moved ? top[half] : row_max[half];
             const float shift = MASKED && row_max[half] == -INFINITY ? 0.0f : row_max[half] * c;     /* no visible key yet: P = 0 */
-            float sum[2] = { 0.0f, 0.0f };
+            float odd = 0.0f;
             #pragma unroll
-            for (int n = 0; n < NT; n++)
-                #pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    float &x = s[4 * n + 2 * half + e];
-                    x = exp2_approx(fmaf(x, c, -shift));
-                    sum[e] += x;
-                }
-            row_sum[half] += sum[0] + sum[1];
+            for (int n = 0; n < NT; n++) {
+                float &x = s[4 * n + 2 * half], &y = s[4 * n + 2 * half + 1];
+                x = exp2_approx(fmaf(x, c, -shift));
+                y = exp2_approx(fmaf(y, c, -shift));
+                sum[half] += x;
+                odd += y;
+            }
+            sum[half] += odd;
         }
+        /* The condition waits for the sums, else the compiler moves the exponentials below the next wait for the tensor cores. */
+        if (moved & (sum[0] + sum[1] >= 0.0f)) {
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                alpha[half] = row_max[half] == -INFINITY ? 0.0f : exp2_approx((alpha[half] - row_max[half]) * c);
+                row_sum[half] *= alpha[half];
+            }
+        }
+        row_sum[0] += sum[0];
+        row_sum[1] += sum[1];
         return moved;
     }
 
@@ -275,13 +285,15 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     __device__ __forceinline__ void dropout_flags(uint32_t (&flags)[PIECES][2], int n)
     {
         static_assert(VARIANT != FA_DROPOUT || PIECES % 2 == 0, "pieces are drawn in pairs");
+        uint64_t seed = a.p.rng[0];
+        asm volatile("" : "+l"(seed));              /* else a loop keeps the keys of all rounds in registers: spills */
         const uint32_t batch_head = tile.b * (int)a.p.h + tile.head, row = (tile.i0 + group * 64 + warp * 16) / 16;
         const uint32_t piece_i[2] = { row, row };
         #pragma unroll
         for (int at = 0; at < PIECES; at += 2) {
             uint32_t bytes[2][2];
             const uint32_t piece_j[2] = { (uint32_t)(n * PIECES + at), (uint32_t)(n * PIECES + at + 1) };
-            dropout_bytes(bytes, a.p.rng[0], a.p.rng[1], batch_head, piece_i, piece_j, lane, false);
+            dropout_bytes(bytes, seed, a.p.rng[1], batch_head, piece_i, piece_j, lane, false);
             #pragma unroll
             for (int x = 0; x < 4; x++) flags[at + x / 2][x % 2] = dropped_flags(bytes[x / 2][x % 2], a.keep256);
         }
@@ -299,8 +311,10 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     }
 
     /* O of a finished tile, normalised, by way of this warp's rows of its Q, and lse. */
-    __device__ __forceinline__ void store(const forward_tile_info &t, const float (&top)[2], const float (&share)[2], int q_stage)
+    __device__ __forceinline__ void store(int n, const float (&top)[2], const float (&share)[2])
     {
+        const forward_tile_info t = info(n);
+        const int q_stage = n % Q_STAGES;
         const fa_params &call = a.p;
         const int first = t.i0 + group * 64 + warp * 16, g = lane / 4;
         float *lse = (float *)call.lse.ptr + t.b * call.lse.stride_b + t.head * call.lse.stride_h;
@@ -430,12 +444,11 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     __device__ __forceinline__ bool next(bool accumulate)
     {
         uint32_t flags[PIECES][2];
-        const int before = blocks - 1, q_stage = (tiles - 1) % Q_STAGES;
-        const forward_tile_info old = tile;
+        const int before = blocks - 1, finished = tiles - 1;
         const float top[2] = { row_max[0], row_max[1] }, share[2] = { row_sum[0], row_sum[1] };
-        if (has_tail(old, old.n_first)) {
+        if (has_tail(tile, tile.n_first)) {
             wait_v(before);
-            clear_tail(before, old.sk - old.n_first * BLOCK_N);
+            clear_tail(before, tile.sk - tile.n_first * BLOCK_N);
         }
         if (!next_tile()) {
             turn();
@@ -445,7 +458,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             pass_turn();
             wgmma_wait<0>();
             wgmma_result(o);
-            store(old, top, share, q_stage);
+            store(finished, top, share);
             return false;
         }
         const int n = tile.n_last - 1;
@@ -465,12 +478,13 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         wgmma_result(o);
         wgmma_result(s);
         release(shape::V_EMPTY + before % STAGES);
-        store(old, top, share, q_stage);
-        if (Q_STAGES == 2) {
-            __syncwarp();
-            release(shape::Q_EMPTY + q_stage);
-        }
         pack_p(flags);
+        store(finished, top, share);
+        if (Q_STAGES == 2) {
+            fence_proxy_async();
+            __syncwarp();
+            release(shape::Q_EMPTY + finished % Q_STAGES);
+        }
         return true;
     }
 
