@@ -145,7 +145,7 @@ class BuildExt(build_ext):
             return str(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         recipe.unlink(missing_ok=True)
-        log = Path("build/ptxas", Path(source).with_suffix(".log").name) if source.endswith(".cu") else None
+        log = Path("build/ptxas", source).with_suffix(".log") if source.endswith(".cu") else None
         run(command, CompileError, log)
         recipe.write_text(shlex.join(command))
         return str(output)

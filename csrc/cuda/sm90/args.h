@@ -8,9 +8,9 @@
 struct fa_sm90_forward_args {
     struct fa_tensor_map q, k, v;
     struct fa_cuda_args a;
-    int  tiles;                     /* b h m_tiles */
-    int  section;                   /* heads (b h) whose tiles are worked off together, longest first */
-    int *counter;                   /* tiles handed out beyond the first of each block; NULL: every gridDim.x-th */
+    int  units;                     /* pieces of work that blocks take one at a time: one tile, or a head's longest left and shortest */
+    int  section;                   /* heads (b h) whose tiles are worked off together, longest first; 0: pairs of tiles */
+    int *counter;                   /* units handed out beyond the first of each block; NULL: every gridDim.x-th */
 };
 
 #endif

@@ -23,22 +23,28 @@ static const struct fa_cuda_kernel *find_kernel(const struct fa_params *p)
     return buckets[n].find(p->dtype, fa_cuda_variant(p));
 }
 
-static bool tiles_differ(const struct fa_params *p)
-{
-    return p->window_left >= 0 || p->window_right >= 0 || p->cu_q || p->cu_k || p->seqused_k;
-}
-
-int64_t fa_sm90_forward_workspace(const struct fa_params *p) { return tiles_differ(p) ? COUNTER_BYTES : 0; }
+static bool is_bounded(const struct fa_params *p) { return p->window_left >= 0 || p->window_right >= 0; }
+static bool is_ragged(const struct fa_params *p) { return p->cu_q || p->cu_k || p->seqused_k; }
 
 /* Heads whose keys and values fit L2 together: whole groups of query heads, a power of two of them. */
-static int section_of(const struct fa_params *p)
+static int64_t section_of(const struct fa_params *p)
 {
     const int64_t head_bytes = p->sk * (p->d + p->d_v) * (int64_t)fa_sizeof(p->dtype);
     int64_t heads = 1;
-    if (!tiles_differ(p)) return 1;
     while (2 * heads * head_bytes <= SECTION_BYTES && heads < p->b * p->hk) heads *= 2;
-    return (int)(heads * (p->h / p->hk));
+    return heads * (p->h / p->hk);
 }
+
+/* Tiles of one length go round; where lengths differ, a counter hands them out. */
+static void schedule(struct fa_sm90_forward_args *f)
+{
+    const struct fa_params *p = &f->a.p;
+    f->units = (int)(p->b * p->h * f->a.m_tiles);
+    f->section = is_bounded(p) || is_ragged(p) ? (int)section_of(p) : 1;
+    f->counter = is_bounded(p) || is_ragged(p) ? p->workspace : NULL;
+}
+
+int64_t fa_sm90_forward_workspace(const struct fa_params *p) { return is_bounded(p) || is_ragged(p) ? COUNTER_BYTES : 0; }
 
 static enum fa_status describe(const struct fa_params *p, const struct fa_cuda_kernel *kernel, struct fa_sm90_forward_args *f,
                                struct fa_error *error)
@@ -54,17 +60,14 @@ static enum fa_status describe(const struct fa_params *p, const struct fa_cuda_k
 static enum fa_status run(const struct fa_params *p, const struct fa_cuda_device *device, struct fa_error *error)
 {
     const struct fa_cuda_kernel *kernel = find_kernel(p);
-    struct fa_sm90_forward_args f = { .a = fa_cuda_arguments(p), .section = section_of(p) };
+    struct fa_sm90_forward_args f = { .a = fa_cuda_arguments(p) };
     f.a.m_tiles = (int)blocks_of(p->sq, kernel->block_m);
     f.a.n_tiles = (int)blocks_of(p->sk, kernel->block_n);
-    f.tiles = (int)(p->b * p->h * f.a.m_tiles);
-    const int blocks = f.tiles < device->multiprocessors ? f.tiles : device->multiprocessors;
-    enum fa_status status = FA_OK;
-    if (f.tiles > 0) status = describe(p, kernel, &f, error);
-    if (!status && tiles_differ(p) && f.tiles > blocks) {
-        f.counter = p->workspace;
-        status = fa_cuda_status(cudaMemsetAsync(f.counter, 0, sizeof *f.counter, p->stream), "cudaMemsetAsync", error);
-    }
+    schedule(&f);
+    const int blocks = f.units < device->multiprocessors ? f.units : device->multiprocessors;
+    enum fa_status status = describe(p, kernel, &f, error);
+    if (f.units == blocks) f.counter = NULL;
+    if (!status && f.counter) status = fa_cuda_status(cudaMemsetAsync(f.counter, 0, sizeof *f.counter, p->stream), "cudaMemsetAsync", error);
     if (!status) status = fa_cuda_launch("launch of the forward kernel", kernel, blocks, 1, &f, p->stream, error);
     if (!status && p->cu_q) status = fa_cuda_launch_fill(fa_cuda_fill_forward, &f.a, error);
     if (!status && p->s_dmask) status = fa_cuda_launch_rows("launch of the dmask kernel", fa_cuda_dmask, p->dmask_sq, &f.a, error);

@@ -25,16 +25,24 @@
 struct forward_tile_info {
     int b, head, i0, q0;            /* i0: first query within the sequence; b < 0: the stream is over */
     int sq, sk, n_first, n_last;    /* key blocks [first, last) */
+    int k0, unused[3];              /* the producer's */
 };
+
+#ifndef FA_KV_POLICY
+#define FA_KV_POLICY EVICT_LAST
+#endif
+#ifndef FA_PREFETCH
+#define FA_PREFETCH 1
+#endif
 
 template <int D, class Tile> struct forward_shape {
     enum : int {
-        STAGES = 2, GROUPS = Tile::GROUPS, BLOCK_M = 64 * GROUPS, BLOCK_N = Tile::BLOCK_N, Q_STAGES = Tile::Q_STAGES,
+        STAGES = 2, INFOS = 4, GROUPS = Tile::GROUPS, BLOCK_M = 64 * GROUPS, BLOCK_N = Tile::BLOCK_N, Q_STAGES = Tile::Q_STAGES,
         THREADS = 128 * (GROUPS + 1), PANELS = (D + 63) / 64,
         PRODUCER_REGISTERS = GROUPS == 2 ? 40 : 32, CONSUMER_REGISTERS = GROUPS == 1 ? 240 : GROUPS == 2 ? 232 : 160,
         Q_BYTES = BLOCK_M * PANELS * 128, KV_BYTES = BLOCK_N * PANELS * 128,
         Q_AT = 0, K_AT = Q_AT + Q_STAGES * Q_BYTES, V_AT = K_AT + STAGES * KV_BYTES, INFO_AT = V_AT + STAGES * KV_BYTES,
-        BARRIERS_AT = INFO_AT + 2 * (int)sizeof(forward_tile_info),
+        BARRIERS_AT = INFO_AT + INFOS * (int)sizeof(forward_tile_info),
         Q_FULL = 0, Q_EMPTY = Q_FULL + Q_STAGES, K_FULL = Q_EMPTY + Q_STAGES, K_EMPTY = K_FULL + STAGES, V_FULL = K_EMPTY + STAGES,
         V_EMPTY = V_FULL + STAGES, BARRIERS = V_EMPTY + STAGES,
         ALIGNMENT = 1024, SHARED_BYTES = BARRIERS_AT + 8 * BARRIERS + ALIGNMENT,
@@ -50,7 +58,9 @@ template <int D, class Tile> struct forward_producer : forward_shape<D, Tile> {
 
     const fa_sm90_forward_args &f;
     const uint32_t shared;
-    int blocks, tiles;                          /* loaded so far */
+    int unit, second, following;                /* the unit at hand, whether its second tile is due, the unit after */
+    int keys, values, tiles;                    /* places taken so far in the rings of K and V; tiles handed out */
+    int kv_head, kv_batch;                      /* of the tile at hand */
 
     __device__ __forceinline__ uint32_t barrier(int n) const { return shared + shape::BARRIERS_AT + 8 * n; }
 
@@ -60,70 +70,122 @@ template <int D, class Tile> struct forward_producer : forward_shape<D, Tile> {
         #pragma unroll
         for (int panel = 0; panel < PANELS; panel++) tma_load(dst + panel * panel_bytes, map, 64 * panel, row, head, b, full, policy);
     }
-
-    __device__ __forceinline__ void load_block(const fa_tensor_map &map, int at, int full, int empty, int block, int row, int head, int b)
+    __device__ __forceinline__ void load_block(const fa_tensor_map &map, int at, int full, int empty, int position, int row, int head, int b)
     {
-        const int stage = block % STAGES, parity = block / STAGES & 1;
+        const int stage = position % STAGES, parity = position / STAGES & 1;
         mbarrier_wait(barrier(empty + stage), parity ^ 1);
         mbarrier_arrive_expect(barrier(full + stage), shape::KV_BYTES);
-        load_panels(shared + at + stage * shape::KV_BYTES, BLOCK_N * 128, map, row, head, b, barrier(full + stage), EVICT_LAST);
+        load_panels(shared + at + stage * shape::KV_BYTES, BLOCK_N * 128, map, row, head, b, barrier(full + stage), FA_KV_POLICY);
     }
-
-    /* Longest tiles of a section of heads first; their keys and values stay in L2. */
-    __device__ __forceinline__ void decode(int tile, int &batch_head, int &m) const
+    __device__ __forceinline__ void load_k(int row) { load_block(f.k, shape::K_AT, shape::K_FULL, shape::K_EMPTY, keys++, row, kv_head, kv_batch); }
+    __device__ __forceinline__ void load_v(int row) { load_block(f.v, shape::V_AT, shape::V_FULL, shape::V_EMPTY, values++, row, kv_head, kv_batch); }
+    /* Without a second Q, finished rows leave by way of a place in K's ring that nothing is loaded into. */
+    __device__ __forceinline__ void lend_k()
     {
-        const int m_tiles = f.a.m_tiles, heads = (int)(f.a.p.b * f.a.p.h), first = tile / (f.section * m_tiles) * f.section;
-        const int width = min(f.section, heads - first), at = tile - first * m_tiles;
-        m = m_tiles - 1 - at / width;
-        batch_head = first + at % width;
+        const int stage = keys % STAGES, parity = keys / STAGES & 1;
+        mbarrier_wait(barrier(shape::K_EMPTY + stage), parity ^ 1);
+        mbarrier_arrive(barrier(shape::K_FULL + stage));
+        keys++;
     }
 
-    __device__ __forceinline__ void publish(const forward_tile_info &info, int batch, int row)
+    /* Sections: the longest tiles of all their heads first, keys and values stay in L2. Pairs: all units are equally long. */
+    __device__ __forceinline__ void decode(int &batch_head, int &m) const
     {
-        const int stage = tiles % Q_STAGES, parity = tiles / Q_STAGES & 1;
-        const uint32_t full = barrier(shape::Q_FULL + stage);
-        mbarrier_wait(barrier(shape::Q_EMPTY + stage), parity ^ 1);
-        const uint32_t at = shared + shape::INFO_AT + tiles % 2 * sizeof info;
-        store_shared_16(at, make_uint4(info.b, info.head, info.i0, info.q0));
-        store_shared_16(at + 16, make_uint4(info.sq, info.sk, info.n_first, info.n_last));
-        tiles++;
-        if (info.b < 0) return mbarrier_arrive(full);
-        mbarrier_arrive_expect(full, shape::Q_BYTES);
-        load_panels(shared + shape::Q_AT + stage * shape::Q_BYTES, BLOCK_M * 128, f.q, row, info.head, batch, full, EVICT_FIRST);
+        const int m_tiles = f.a.m_tiles, heads = (int)(f.a.p.b * f.a.p.h);
+        if (f.section) {
+            const int first = unit / (f.section * m_tiles) * f.section, width = min(f.section, heads - first), at = unit - first * m_tiles;
+            m = m_tiles - 1 - at / width;
+            batch_head = first + at % width;
+        } else {
+            const int pairs = (m_tiles + 1) / 2, pair = unit % pairs;
+            m = second ? pair : m_tiles - 1 - pair;
+            batch_head = unit / pairs;
+        }
     }
-
-    /* K(n) before V(n + 1): the order in which they are used. */
-    __device__ __forceinline__ void run()
+    __device__ __forceinline__ void advance_unit()
+    {
+        if (!f.section && !second) {
+            second = 1;
+        } else {
+            second = 0;
+            unit = following;
+        }
+        if (!second) following = f.counter ? gridDim.x + atomicAdd(f.counter, 1) : unit + gridDim.x;
+    }
+    /* Writes down the next tile that has rows, or the end. Its place was last needed four tiles ago. */
+    __device__ __forceinline__ bool find()
     {
         const fa_cuda_args &a = f.a;
-        int v_row = -1, v_head = 0, v_batch = 0;                /* the V that is due */
-        blocks = tiles = 0;
-        for (int tile = blockIdx.x; tile < f.tiles;) {
-            const int following = f.counter ? gridDim.x + atomicAdd(f.counter, 1) : tile + gridDim.x;
+        const uint32_t at = shared + shape::INFO_AT + tiles % shape::INFOS * sizeof(forward_tile_info);
+        for (; unit < f.units; advance_unit()) {
             int batch_head, m;
-            decode(tile, batch_head, m);
-            const int b = batch_head / (int)a.p.h, head = batch_head % (int)a.p.h, i0 = m * BLOCK_M, kv_head = head / a.group;
+            decode(batch_head, m);
+            const int b = batch_head / (int)a.p.h, head = batch_head % (int)a.p.h, i0 = m * BLOCK_M;
             const sequence s = sequence_of(a.p, b);
-            tile = following;
-            if (i0 >= s.sq) continue;
+            if (i0 >= s.sq || (second && 2 * m + 1 == a.m_tiles)) continue;
             const int i_end = min(i0 + BLOCK_M, s.sq) - 1;
             int n_first = first_key(a, s, i0) / BLOCK_N, n_last = (max(last_key(a, s, i_end), 0) + BLOCK_N - 1) / BLOCK_N;
             if (n_first >= n_last) {                            /* no key is visible: one block, all of it masked */
                 n_first = min(n_first, max(s.sk - 1, 0) / BLOCK_N);
                 n_last = n_first + 1;
             }
-            publish({ b, head, i0, s.q0, s.sq, s.sk, n_first, n_last }, a.p.cu_q ? 0 : b, s.q0 + i0);
-            const int batch = a.p.cu_k ? 0 : b;
-            for (int n = n_last - 1; n >= n_first; n--) {
-                const int row = s.k0 + n * BLOCK_N;
-                load_block(f.k, shape::K_AT, shape::K_FULL, shape::K_EMPTY, blocks, row, kv_head, batch);
-                if (blocks) load_block(f.v, shape::V_AT, shape::V_FULL, shape::V_EMPTY, blocks - 1, v_row, v_head, v_batch);
-                blocks++;
-                v_row = row, v_head = kv_head, v_batch = batch;
+            store_shared_16(at, make_uint4(b, head, i0, s.q0));
+            store_shared_16(at + 16, make_uint4(s.sq, s.sk, n_first, n_last));
+            store_shared_16(at + 32, make_uint4(s.k0, 0, 0, 0));
+            if (FA_PREFETCH && tiles) prefetch(s.q0 + i0, s.k0 + (n_last - 1) * BLOCK_N, b, head);
+            advance_unit();
+            return true;
+        }
+        store_shared_16(at, make_uint4(~0u, 0, 0, 0));
+        return false;
+    }
+    __device__ __forceinline__ void prefetch(int q_row, int k_row, int b, int head) const
+    {
+        #pragma unroll
+        for (int panel = 0; panel < PANELS; panel++) {
+            tma_prefetch_box(f.q, 64 * panel, q_row, head, f.a.p.cu_q ? 0 : b);
+            tma_prefetch_box(f.k, 64 * panel, k_row, head / f.a.group, f.a.p.cu_k ? 0 : b);
+            tma_prefetch_box(f.v, 64 * panel, k_row, head / f.a.group, f.a.p.cu_k ? 0 : b);
+        }
+    }
+
+    /* The place in the ring of Q for the tile that find() wrote down: its barrier, when it is free. */
+    __device__ __forceinline__ uint32_t free_q()
+    {
+        mbarrier_wait(barrier(shape::Q_EMPTY + tiles % Q_STAGES), (tiles / Q_STAGES & 1) ^ 1);
+        return barrier(shape::Q_FULL + tiles % Q_STAGES);
+    }
+
+    /* K(n) before V(n + 1): the order in which they are used. */
+    __device__ __forceinline__ void run()
+    {
+        int row = 0;                                            /* the key block at hand */
+        unit = blockIdx.x, second = 0, keys = values = tiles = 0;
+        following = f.counter ? gridDim.x + atomicAdd(f.counter, 1) : unit + gridDim.x;
+        bool more = find();
+        while (more) {
+            const uint32_t at = shared + shape::INFO_AT + tiles % shape::INFOS * sizeof(forward_tile_info), full = free_q();
+            const uint4 x = load_shared_16(at), y = load_shared_16(at + 16), z = load_shared_16(at + 32);
+            const int head = x.y / f.a.group, batch = f.a.p.cu_k ? 0 : x.x, last_row = z.x + (y.w - 1) * BLOCK_N;
+            mbarrier_arrive_expect(full, shape::Q_BYTES);
+            load_panels(shared + shape::Q_AT + tiles % Q_STAGES * shape::Q_BYTES, BLOCK_M * 128, f.q, x.w + x.z, x.y, f.a.p.cu_q ? 0 : x.x, full, EVICT_FIRST);
+            load_block(f.k, shape::K_AT, shape::K_FULL, shape::K_EMPTY, keys++, last_row, head, batch);
+            if (tiles) {
+                load_v(row);
+                if (Q_STAGES == 1) lend_k();
+            }
+            kv_head = head, kv_batch = batch, row = last_row, tiles++;
+            more = find();
+            for (int left = y.w - 1 - y.z; left > 0; left--, row -= BLOCK_N) {
+                load_k(row - BLOCK_N);
+                load_v(row);
             }
         }
-        if (blocks) load_block(f.v, shape::V_AT, shape::V_FULL, shape::V_EMPTY, blocks - 1, v_row, v_head, v_batch);
-        publish({ -1, 0, 0, 0, 0, 0, 0, 0 }, 0, 0);
+        if (tiles) {
+            load_v(row);
+            if (Q_STAGES == 1) lend_k();
+        }
+        mbarrier_arrive(free_q());
     }
 };
 
@@ -132,13 +194,14 @@ template <int D, class Tile> struct forward_producer : forward_shape<D, Tile> {
 template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct forward_consumer : forward_shape<D, Tile> {
     using shape = forward_shape<D, Tile>;
     using shape::STAGES, shape::GROUPS, shape::BLOCK_M, shape::BLOCK_N, shape::Q_STAGES, shape::PANELS;
-    enum : int { S_COUNT = BLOCK_N / 2, O_COUNT = D / 2, NT = BLOCK_N / 8, PIECES = BLOCK_N / 16 };
+    enum : int { S_COUNT = BLOCK_N / 2, O_COUNT = D / 2, NT = BLOCK_N / 8, PIECES = BLOCK_N / 16, PIECE_BYTES = 16 * 128 };
+    static_assert(Q_STAGES == 2 || 8 * GROUPS * PIECE_BYTES <= shape::KV_BYTES, "room for finished rows");
 
     const fa_cuda_args &a;
     const uint32_t shared;
     const int group, warp, lane;
     forward_tile_info tile;
-    int blocks, tiles;                          /* key blocks whose scores were asked for, tiles begun */
+    int keys, values, tiles;                    /* places used so far in the rings of K and V; tiles begun */
 
     float s[S_COUNT];                           /* (64, BLOCK_N) */
     float o[O_COUNT];                           /* (64, D) */
@@ -146,16 +209,16 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     float row_max[2], row_sum[2];               /* rows g and g + 8; the sum is this lane's share */
 
     __device__ __forceinline__ forward_consumer(const fa_cuda_args &args, uint32_t smem)
-        : a(args), shared(smem), group(__shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), blocks(0), tiles(0) {}
+        : a(args), shared(smem), group(__shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), keys(0), values(0), tiles(0) {}
 
     __device__ __forceinline__ uint32_t barrier(int n) const { return shared + shape::BARRIERS_AT + 8 * n; }
     __device__ __forceinline__ void release(int n) { if (lane == 0) mbarrier_arrive(barrier(n)); }
     __device__ __forceinline__ int query(int half) const { return tile.i0 + group * 64 + warp * 16 + half * 8 + lane / 4; }
 
-    /* The n-th tile of the stream; its place is taken again when tile n + 2 is due, and n has been stored. */
+    /* The n-th tile of the stream; its place is taken again when n has long been stored. */
     __device__ __forceinline__ forward_tile_info info(int n) const
     {
-        const uint32_t at = shared + shape::INFO_AT + n % 2 * sizeof tile;
+        const uint32_t at = shared + shape::INFO_AT + n % shape::INFOS * sizeof tile;
         const uint4 x = load_shared_16(at), y = load_shared_16(at + 16);
         return { (int)x.x, (int)x.y, (int)x.z, (int)x.w, (int)y.x, (int)y.y, (int)y.z, (int)y.w };
     }
@@ -174,7 +237,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     __device__ __forceinline__ void issue_scores()
     {
         const uint32_t q = matrix_at(shared + shape::Q_AT + (tiles - 1) % Q_STAGES * shape::Q_BYTES + group * 64 * 128);
-        const uint32_t k = matrix_at(shared + shape::K_AT + blocks % STAGES * shape::KV_BYTES);
+        const uint32_t k = matrix_at(shared + shape::K_AT + keys % STAGES * shape::KV_BYTES);
         #pragma unroll
         for (int kk = 0; kk < D / 16; kk++)
             wgmma<T, BLOCK_N>::ss(s, descriptor(advance(q, kk / 4 * BLOCK_M * 128 + kk % 4 * 32)),
@@ -182,30 +245,30 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         wgmma_commit();
     }
     /* O += P V of the block before; the first of a tile starts O anew. */
-    __device__ __forceinline__ void issue_output(int block, bool accumulate)
+    __device__ __forceinline__ void issue_output(bool accumulate)
     {
-        const uint32_t v = matrix_at(shared + shape::V_AT + block % STAGES * shape::KV_BYTES, BLOCK_N * 128);
+        const uint32_t v = matrix_at(shared + shape::V_AT + values % STAGES * shape::KV_BYTES, BLOCK_N * 128);
         #pragma unroll
         for (int kk = 0; kk < PIECES; kk++)
             wgmma<T, D, 0, 1>::rs(o, p[kk], descriptor(advance(v, kk * 2048)), accumulate || kk > 0);
         wgmma_commit();
     }
-    __device__ __forceinline__ void wait_k() { mbarrier_wait(barrier(shape::K_FULL + blocks % STAGES), blocks / STAGES & 1); }
-    __device__ __forceinline__ void wait_v(int block) { mbarrier_wait(barrier(shape::V_FULL + block % STAGES), block / STAGES & 1); }
+    __device__ __forceinline__ void wait_k() { mbarrier_wait(barrier(shape::K_FULL + keys % STAGES), keys / STAGES & 1); }
+    __device__ __forceinline__ void wait_v() { mbarrier_wait(barrier(shape::V_FULL + values % STAGES), values / STAGES & 1); }
 
     /* Rows of V beyond the sequence: P is 0 there, and 0 times another sequence's NaN is NaN. Every warpgroup zeroes them all. */
-    __device__ __forceinline__ void clear_tail(int block, int left)
+    __device__ __forceinline__ void clear_tail(int left)
     {
-        const uint32_t v = shared + shape::V_AT + block % STAGES * shape::KV_BYTES;
+        const uint32_t v = shared + shape::V_AT + values % STAGES * shape::KV_BYTES;
         for (int at = max(left, 0) * 8 + threadIdx.x % 128; at < BLOCK_N * 8; at += 128)
             #pragma unroll
             for (int panel = 0; panel < PANELS; panel++) store_shared_16(v + panel * BLOCK_N * 128 + at * 16, make_uint4(0, 0, 0, 0));
         fence_proxy_async();
         barrier_sync(8 + group, 128);
     }
-    __device__ __forceinline__ bool has_tail(const forward_tile_info &t, int n) const
+    __device__ __forceinline__ bool has_tail(int n) const
     {
-        return (a.p.cu_k || a.p.seqused_k) && (n + 1) * BLOCK_N > t.sk;
+        return (a.p.cu_k || a.p.seqused_k) && (n + 1) * BLOCK_N > tile.sk;
     }
 
     /* Score mods, then -inf where row and column do not see each other. j0: key of column 0. */
@@ -213,7 +276,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     {
         const sequence seq = current();
         const int j0 = n * BLOCK_N + lane % 4 * 2;
-        const float slope = has_score_mod<VARIANT>(a) ? alibi_slope(a, tile.b, tile.head) : 0.0f;
+        const float slope = has_score_mod<VARIANT>(a) ? alibi_slope(a, info(tiles - 1).b, info(tiles - 1).head) : 0.0f;
         #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int i = query(half), diagonal = i + seq.sk - seq.sq;
@@ -287,7 +350,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         static_assert(VARIANT != FA_DROPOUT || PIECES % 2 == 0, "pieces are drawn in pairs");
         uint64_t seed = a.p.rng[0];
         asm volatile("" : "+l"(seed));              /* else a loop keeps the keys of all rounds in registers: spills */
-        const uint32_t batch_head = tile.b * (int)a.p.h + tile.head, row = (tile.i0 + group * 64 + warp * 16) / 16;
+        const uint32_t batch_head = info(tiles - 1).b * (int)a.p.h + info(tiles - 1).head, row = (tile.i0 + group * 64 + warp * 16) / 16;
         const uint32_t piece_i[2] = { row, row };
         #pragma unroll
         for (int at = 0; at < PIECES; at += 2) {
@@ -314,7 +377,6 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     __device__ __forceinline__ void store(int n, const float (&top)[2], const float (&share)[2])
     {
         const forward_tile_info t = info(n);
-        const int q_stage = n % Q_STAGES;
         const fa_params &call = a.p;
         const int first = t.i0 + group * 64 + warp * 16, g = lane / 4;
         float *lse = (float *)call.lse.ptr + t.b * call.lse.stride_b + t.head * call.lse.stride_h;
@@ -331,40 +393,34 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
                 lse[(int64_t)(t.q0 + i) * call.lse.stride_s] =
                     empty ? -INFINITY : 0.69314718f * (top[half] * a.exponent_scale + log2_approx(sum));
         }
-        if constexpr (Q_STAGES == 2) {
-            const uint32_t own = shared + shape::Q_AT + q_stage * shape::Q_BYTES + (group * 64 + warp * 16) * 128;
+        const uint32_t own = Q_STAGES == 2 ? shared + shape::Q_AT + n % Q_STAGES * shape::Q_BYTES + (group * 64 + warp * 16) * 128
+                           : shared + shape::K_AT + keys % STAGES * shape::KV_BYTES + (group * 4 + warp) * 2 * PIECE_BYTES;
+        if (Q_STAGES == 1) wait_k();
+        #pragma unroll
+        for (int panel = 0; panel < PANELS; panel++) {
+            const uint32_t piece = own + (Q_STAGES == 2 ? panel * BLOCK_M * 128 : panel % 2 * PIECE_BYTES);
+            constexpr int WIDTH = D < 64 ? D : 64;
+            const int width = panel * 64 + 64 <= D ? WIDTH : D % 64;
             #pragma unroll
-            for (int j = 0; j < D / 16; j++) {
+            for (int j = panel * 4; j < panel * 4 + width / 16; j++) {
                 uint32_t x[4];
                 #pragma unroll
                 for (int r = 0; r < 4; r++) x[r] = pack<T>(o[8 * j + 2 * r] * factor[r % 2], o[8 * j + 2 * r + 1] * factor[r % 2]);
-                stmatrix(own + j / 4 * BLOCK_M * 128 + lane % 16 * 128 + ((2 * j + lane / 16) % 8 * 16 ^ lane % 8 * 16), x[0], x[1], x[2], x[3]);
+                stmatrix(piece + lane % 16 * 128 + ((2 * j + lane / 16) % 8 * 16 ^ lane % 8 * 16), x[0], x[1], x[2], x[3]);
             }
             __syncwarp();
-            constexpr int CHUNKS = D / 8;
             #pragma unroll
-            for (int at = lane; at < 16 * CHUNKS; at += 32) {
-                const int row = at / CHUNKS, chunk = at % CHUNKS;
-                const uint4 x = load_shared_16(own + chunk / 8 * BLOCK_M * 128 + row * 128 + (chunk % 8 * 16 ^ row % 8 * 16));
-                if (first + row < t.sq) store_chunk(out + row * call.out.stride_s + chunk * 8, x, (int)call.d_v - chunk * 8);
-            }
-        } else {
-            #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                uint16_t *row = out + (half * 8 + g) * call.out.stride_s + lane % 4 * 2;
-                if (first + half * 8 + g >= t.sq) continue;
-                #pragma unroll
-                for (int j = 0; j < D / 8; j++) {
-                    const uint32_t x = pack<T>(o[4 * j + 2 * half] * factor[half], o[4 * j + 2 * half + 1] * factor[half]);
-                    const int left = (int)call.d_v - (8 * j + lane % 4 * 2);
-                    if (a.aligned_out && left >= 2) *(uint32_t *)(row + 8 * j) = x;
-                    else {
-                        if (left > 0) row[8 * j] = (uint16_t)x;
-                        if (left > 1) row[8 * j + 1] = (uint16_t)(x >> 16);
-                    }
-                }
+            for (int at = lane; at < 16 * width / 8; at += 32) {
+                const int row = at / (width / 8), chunk = at % (width / 8);
+                const uint4 x = load_shared_16(piece + row * 128 + (chunk * 16 ^ row % 8 * 16));
+                if (first + row < t.sq)
+                    store_chunk(out + row * call.out.stride_s + panel * 64 + chunk * 8, x, (int)call.d_v - panel * 64 - chunk * 8);
             }
         }
+        fence_proxy_async();
+        __syncwarp();
+        release(Q_STAGES == 2 ? shape::Q_EMPTY + n % Q_STAGES : shape::K_EMPTY + keys % STAGES);
+        if (Q_STAGES == 1) keys++;
     }
     __device__ __forceinline__ void store_chunk(uint16_t *to, uint4 x, int left) const
     {
@@ -381,8 +437,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     __device__ __forceinline__ void scores_done(int n)
     {
         wgmma_result(s);
-        release(shape::K_EMPTY + blocks % STAGES);
-        blocks++;
+        release(shape::K_EMPTY + keys % STAGES);
+        keys++;
         if (Q_STAGES == 1 && n == tile.n_first) release(shape::Q_EMPTY);
     }
 
@@ -391,18 +447,17 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     {
         uint32_t flags[PIECES][2];
         float alpha[2];
-        const int before = blocks - 1;
-        if (MASKED && has_tail(tile, n + 1)) {
-            wait_v(before);
-            clear_tail(before, tile.sk - (n + 1) * BLOCK_N);
+        if (MASKED && has_tail(n + 1)) {
+            wait_v();
+            clear_tail(tile.sk - (n + 1) * BLOCK_N);
         }
         wait_k();
         turn();
         wgmma_fence();
         issue_scores();
-        wait_v(before);
+        wait_v();
         wgmma_fence();
-        issue_output(before, accumulate);
+        issue_output(accumulate);
         pass_turn();
         if (VARIANT == FA_DROPOUT) dropout_flags(flags, n);
         wgmma_wait<1>();
@@ -412,7 +467,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         wgmma_wait<0>();
         wgmma_result(o);
         wgmma_result(s);
-        release(shape::V_EMPTY + before % STAGES);
+        release(shape::V_EMPTY + values++ % STAGES);
         if (moved) {
             #pragma unroll
             for (int j = 0; j < O_COUNT; j++) o[j] *= alpha[j / 2 % 2];
@@ -444,17 +499,17 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     __device__ __forceinline__ bool next(bool accumulate)
     {
         uint32_t flags[PIECES][2];
-        const int before = blocks - 1, finished = tiles - 1;
+        const int finished = tiles - 1;
         const float top[2] = { row_max[0], row_max[1] }, share[2] = { row_sum[0], row_sum[1] };
-        if (has_tail(tile, tile.n_first)) {
-            wait_v(before);
-            clear_tail(before, tile.sk - tile.n_first * BLOCK_N);
+        if (has_tail(tile.n_first)) {
+            wait_v();
+            clear_tail(tile.sk - tile.n_first * BLOCK_N);
         }
         if (!next_tile()) {
             turn();
-            wait_v(before);
+            wait_v();
             wgmma_fence();
-            issue_output(before, accumulate);
+            issue_output(accumulate);
             pass_turn();
             wgmma_wait<0>();
             wgmma_result(o);
@@ -466,9 +521,9 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         turn();
         wgmma_fence();
         issue_scores();
-        wait_v(before);
+        wait_v();
         wgmma_fence();
-        issue_output(before, accumulate);
+        issue_output(accumulate);
         pass_turn();
         if (VARIANT == FA_DROPOUT) dropout_flags(flags, n);
         wgmma_wait<1>();
@@ -477,14 +532,9 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         wgmma_wait<0>();
         wgmma_result(o);
         wgmma_result(s);
-        release(shape::V_EMPTY + before % STAGES);
+        release(shape::V_EMPTY + values++ % STAGES);
         pack_p(flags);
         store(finished, top, share);
-        if (Q_STAGES == 2) {
-            fence_proxy_async();
-            __syncwarp();
-            release(shape::Q_EMPTY + finished % Q_STAGES);
-        }
         return true;
     }
 
@@ -510,7 +560,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             int n = tile.n_last - 2;
             /* The first step clears the tail, whether the block after is whole or not. */
             while (n >= tile.n_first) {
-                for (; n >= tile.n_first && (n >= whole_last || n < whole_first || has_tail(tile, n + 1)); n--) step<true>(n, accumulate), accumulate = true;
+                for (; n >= tile.n_first && (n >= whole_last || n < whole_first || has_tail(n + 1)); n--) step<true>(n, accumulate), accumulate = true;
                 for (; n >= tile.n_first && n >= whole_first; n--) step<false>(n, accumulate), accumulate = true;
             }
             more = next(accumulate);
@@ -539,7 +589,7 @@ __global__ void __launch_bounds__(128 * (Tile::GROUPS + 1), 1) forward_kernel(co
             tma_prefetch(f.q);
             tma_prefetch(f.k);
             tma_prefetch(f.v);
-            forward_producer<D, Tile> producer{ {}, f, shared, 0, 0 };
+            forward_producer<D, Tile> producer{ {}, f, shared };
             producer.run();
         }
     } else {
