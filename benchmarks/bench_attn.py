@@ -306,6 +306,7 @@ def plot(results, path):
     from matplotlib import pyplot
 
     cells = [cell for cell in results["cells"] if cell["dtype"] == "bf16" and not cell["dropout"] and cell["pass"] != "both"]
+    cells.sort(key=lambda cell: (cell["pass"] != "forward", cell["causal"], cell["d"]))
     panels = grouped(cells, "pass", "causal", "d")
     columns = len({cell["d"] for cell in cells})
     figure, axes = pyplot.subplots(len(panels) // columns, columns, figsize=(5 * columns, 13), layout="constrained", squeeze=False)
