@@ -58,7 +58,7 @@ static const struct bucket *bucket_of(const struct fa_params *p)
     return bucket;
 }
 
-static bool has_score_mod(const struct fa_params *p)
+bool fa_cuda_has_score_mod(const struct fa_params *p)
 {
     return p->softcap > 0 || p->alibi || p->scale <= 0;
 }
@@ -66,7 +66,7 @@ static bool has_score_mod(const struct fa_params *p)
 enum fa_variant fa_cuda_variant(const struct fa_params *p)
 {
     if (fa_keep256(p->dropout_p) < 256) return FA_DROPOUT;
-    return has_score_mod(p) ? FA_SCORE_MOD : FA_PLAIN;
+    return fa_cuda_has_score_mod(p) ? FA_SCORE_MOD : FA_PLAIN;
 }
 
 /* Shared memory that a block may take: the device's, or less where FLASH_ATTN_SMEM_KB pretends a smaller device. */
@@ -105,7 +105,7 @@ struct fa_cuda_args fa_cuda_arguments(const struct fa_params *p)
         .p = *p, .group = (int)(p->h / p->hk),
         .window_left = window_of(p->window_left), .window_right = window_of(p->window_right),
         .scale = (float)p->scale, .softcap = (float)p->softcap,
-        .score_mod = has_score_mod(p), .exponent_scale = (float)(has_score_mod(p) ? LOG2E : p->scale * LOG2E),
+        .score_mod = fa_cuda_has_score_mod(p), .exponent_scale = (float)(fa_cuda_has_score_mod(p) ? LOG2E : p->scale * LOG2E),
         .keep256 = keep256, .kept = 256.0f / (float)keep256,
         .aligned_q = is_aligned(p, &p->q), .aligned_k = is_aligned(p, &p->k), .aligned_v = is_aligned(p, &p->v),
         .aligned_out = is_aligned(p, &p->out), .aligned_dout = is_aligned(p, &p->dout), .aligned_dq = is_aligned(p, &p->dq),

@@ -24,6 +24,8 @@ static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_err
     if (device->capability != HOPPER) reason = "needs a GPU of compute capability 9.0";
     else if (p->dtype != FA_FLOAT16 && p->dtype != FA_BFLOAT16) reason = "serves float16 and bfloat16";
     else if (pass == FA_BACKWARD) reason = "has no backward pass";
+    else if (pass == FA_FORWARD && (p->d > 192 || p->d_v > 192) && fa_cuda_variant(p) == FA_DROPOUT && fa_cuda_has_score_mod(p))
+        reason = "serves dropout beside softcap, ALiBi or a scale <= 0 up to head dimension 192";
     else if (p->bias.ptr || p->mask.ptr) reason = "serves neither attn_bias nor attn_mask";
     else if (p->sq == 0 || k_rows == 0 || p->b == 0) reason = "has nothing to do for an empty tensor";
     else if (!is_readable(p, &p->q, p->h, q_rows, q_batch) || !is_readable(p, &p->k, p->hk, k_rows, k_batch)
