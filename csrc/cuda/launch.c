@@ -70,7 +70,7 @@ enum fa_variant fa_cuda_variant(const struct fa_params *p)
 }
 
 /* Shared memory that a block may take: the device's, or less where FLASH_ATTN_SMEM_KB pretends a smaller device. */
-static int shared_limit(const struct fa_cuda_device *device)
+int fa_cuda_shared_limit(const struct fa_cuda_device *device)
 {
     const char *text = getenv("FLASH_ATTN_SMEM_KB");
     const int64_t pretended = text ? strtol(text, NULL, 10) : 0;
@@ -83,7 +83,7 @@ static const struct fa_cuda_kernel *find_kernel(enum fa_pass pass, const struct 
     fa_cuda_find *find = pass == FA_FORWARD ? bucket_of(p)->forward : bucket_of(p)->backward;
     for (int small = 0; small < 2; small++) {
         const struct fa_cuda_kernel *kernel = find(p->dtype, fa_cuda_variant(p), small);
-        if (kernel->shared_bytes <= shared_limit(device)) return kernel;
+        if (kernel->shared_bytes <= fa_cuda_shared_limit(device)) return kernel;
     }
     return NULL;
 }
@@ -303,7 +303,7 @@ static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_err
     }
     if (find_kernel(pass, p, device)) return true;
     fa_fail(why, FA_UNSUPPORTED, "needs more than the %d KB of shared memory that a block may take on cuda:%d "
-            "(FLASH_ATTN_SMEM_KB lowers it); pass CPU tensors", shared_limit(device) >> 10, (int)p->device_index);
+            "(FLASH_ATTN_SMEM_KB lowers it); pass CPU tensors", fa_cuda_shared_limit(device) >> 10, (int)p->device_index);
     return false;
 }
 

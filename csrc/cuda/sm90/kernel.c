@@ -2,7 +2,7 @@
 #include "../device.h"
 #include "kernels.h"
 
-enum { HOPPER = 90 };
+enum { HOPPER = 90, SPLIT_KEYS = 1024, SPLIT_SHARE = 3 };
 
 /* TMA reads rows that start at multiples of 16 bytes and lie apart. */
 static bool is_readable(const struct fa_params *p, const struct fa_tensor *t, int64_t heads, int64_t rows, int64_t batch)
@@ -12,6 +12,13 @@ static bool is_readable(const struct fa_params *p, const struct fa_tensor *t, in
         && (rows <= 1  || (t->stride_s > 0 && t->stride_s % chunk == 0))
         && (heads <= 1 || (t->stride_h > 0 && t->stride_h % chunk == 0))
         && (batch <= 1 || (t->stride_b > 0 && t->stride_b % chunk == 0));
+}
+
+/* Long keys and so few tiles that most of the device would idle: sm80 lets several blocks share a tile's keys. */
+static bool is_better_split(const struct fa_params *p, const struct fa_cuda_device *device)
+{
+    const int64_t block = fa_sm90_forward_kernel(p)->block_m, tiles = p->b * p->h * ((p->sq + block - 1) / block);
+    return p->sk >= SPLIT_KEYS && SPLIT_SHARE * tiles <= device->multiprocessors;
 }
 
 static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_error *why)
@@ -31,6 +38,9 @@ static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_err
     else if (!is_readable(p, &p->q, p->h, q_rows, q_batch) || !is_readable(p, &p->k, p->hk, k_rows, k_batch)
              || !is_readable(p, &p->v, p->hk, k_rows, k_batch))
         reason = "needs rows of q, k and v that start at multiples of 16 bytes, none of them expanded";
+    else if (fa_cuda_shared_limit(device) < fa_sm90_forward_kernel(p)->shared_bytes)
+        reason = "needs more shared memory than a block may take (FLASH_ATTN_SMEM_KB lowers it)";
+    else if (pass == FA_FORWARD && is_better_split(p, device)) reason = "has too few tiles to fill the device, and does not split keys";
     if (reason) fa_fail(why, FA_UNSUPPORTED, "%s", reason);
     return !reason;
 }
