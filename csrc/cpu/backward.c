@@ -244,7 +244,7 @@ enum fa_status fa_cpu_backward(const struct fa_params *p, struct fa_error *error
     struct backward job;
     make_backward(&job, p, &arena);
     memset(job.prepared, 0, (size_t)(4 * p->b * p->hk));
-    fa_cpu_clear_dbias(&job.dbias);
+    fa_cpu_begin_dbias(&job.dbias);
     fa_parallel(p->n_threads, job.plan.total.row_blocks + job.plan.total.key_blocks, work, &job);
     fa_cpu_finish_dbias(&job.dbias);
     fa_fill_outside(FA_BACKWARD, p);
