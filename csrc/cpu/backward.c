@@ -162,7 +162,7 @@ static void tile(const struct backward *job, const struct scratch *t, const stru
     ops->softmax_backward(s, ds, m, n, plan->exponent_scale, job->lse + row, job->delta + row, t->z, bias_next ? NULL : t->derivative);
     fa_cpu_add_tile(&job->dbias, rows, item, block, ds, count);
     float row_sums[BACKWARD_M];
-    fa_cpu_sum_rows(&job->dbias, rows, ds, n, row_sums);
+    fa_cpu_sum_rows(&job->dbias, rows, ds, count, row_sums);
     if (bias_next) ops->multiply(ds, m, n, t->derivative);
 
     const struct fa_left p_t = { t->s, 1, BACKWARD_N }, ds_t = { t->ds, 1, BACKWARD_N };

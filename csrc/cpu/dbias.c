@@ -152,12 +152,17 @@ void fa_cpu_add_tile(const struct cpu_dbias *g, const struct cpu_rows *rows, con
     if (g->turns && !g->by_item) fa_advance(turn_of(g, item, block));
 }
 
-void fa_cpu_sum_rows(const struct cpu_dbias *g, const struct cpu_rows *rows, struct fa_result ds, int64_t n, float *sums)
+void fa_cpu_sum_rows(const struct cpu_dbias *g, const struct cpu_rows *rows, struct fa_result ds, int64_t count, float *sums)
 {
+    const int64_t whole = count / FA_CHANNEL_PAD * FA_CHANNEL_PAD;              /* what lies after the tile may be NaN */
     float ones[BACKWARD_N];
     if (g->kind != DBIAS_ROWS) return;
-    for (int64_t j = 0; j < n; j++) ones[j] = 1;
-    for (int64_t r = 0; r < rows->count; r++) sums[r] = g->plan->ops->dot(ds.ptr + r * ds.row, ones, n);
+    for (int64_t j = 0; j < whole; j++) ones[j] = 1;
+    for (int64_t r = 0; r < rows->count; r++) {
+        const float *row = ds.ptr + r * ds.row;
+        sums[r] = g->plan->ops->dot(row, ones, whole);
+        for (int64_t j = whole; j < count; j++) sums[r] += row[j];
+    }
 }
 
 void fa_cpu_add_row_sums(const struct cpu_dbias *g, const struct cpu_rows *rows, const float *sums)
