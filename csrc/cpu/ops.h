@@ -1,10 +1,10 @@
 /* cpu/ops.h: the micro-kernels that an instruction set supplies. Blocking, masks and threads are ISA-free (forward.c,
  * backward.c); everything that touches more than a row's bookkeeping goes through this table.
  *
- * Operands of products belong to the table: fp32, or bfloat16 for AMX, which serves bfloat16 tensors only. The left operand
+ * Operands of products belong to the table: fp32, or bfloat16 in tables that serve bfloat16 tensors only. The left operand
  * is rows of a plain matrix. The right operand comes in panels of NR columns:
  *   fp32   each [k][NR]; a row-major matrix is the special case panel stride = NR
- *   AMX    each [k / 32] tiles of [16][NR = 16][2]: pairs of k side by side, as the tile product wants them
+ *   bf16   each [k / 32] tiles of [16][NR = 16][2]: pairs of k side by side (ops_bf16.h)
  * and what turns tensors into operands, or a tile of S into one, is therefore in the table as well. */
 #ifndef FA_CPU_OPS_H
 #define FA_CPU_OPS_H
@@ -56,7 +56,7 @@ struct fa_cpu_ops {
 
     /* Row by row over S (rows, n), n a multiple of `pad`: the online softmax. P <- Z exp2(scale (S - max)), a left operand
      * with S's row stride, which may be S itself if it has fp32's size; max, sum and the rows of O (rows, channels) are brought
-     * up to date with the new maximum (AMX: with one that lies at most 2^8 below it). Z, laid out as S, may be NULL. */
+     * up to date with the new maximum (bfloat16: with one that lies at most 2^8 below it). Z, laid out as S, may be NULL. */
     void (*online_softmax)(struct fa_result s, int64_t rows, int64_t n, float scale, float *max, float *sum,
                            struct fa_result o, int64_t channels, const float *z, void *p);
     /* P = exp2(scale (S - lse)), dS = P (Z dP - delta) D; Z and D, laid out as S, may be NULL. P Z and dS are left as operands
@@ -81,11 +81,11 @@ struct fa_cpu_ops {
     void (*leave)(void);
 };
 
-/* The best table that this CPU has for tensors of a dtype, capped by FLASH_ATTN_CPU_ISA (generic, avx2, avx512, amx). */
+/* The best table that this CPU has for tensors of a dtype, capped by FLASH_ATTN_CPU_ISA (generic, avx2, avx512, avx512_bf16, amx). */
 const struct fa_cpu_ops *fa_cpu_ops(enum fa_dtype dtype);
 
 /* Each level of the walk, for the checker: NULL where the machine or the build lacks it. */
-enum fa_cpu_level { FA_CPU_GENERIC, FA_CPU_AVX2, FA_CPU_AVX512, FA_CPU_AMX, FA_CPU_LEVELS };
+enum fa_cpu_level { FA_CPU_GENERIC, FA_CPU_AVX2, FA_CPU_AVX512, FA_CPU_AVX512_BF16, FA_CPU_AMX, FA_CPU_LEVELS };
 const struct fa_cpu_ops *fa_cpu_ops_at(enum fa_cpu_level level);
 
 #endif

@@ -59,7 +59,7 @@ static void report(const char *check, const char *level, double worst, double bo
 {
     const bool good = worst <= bound;
     failures += !good;
-    printf("%-26s %-8s %9.2e %s", check, level, worst, good ? "ok  " : "FAIL");
+    printf("%-26s %-11s %9.2e %s", check, level, worst, good ? "ok  " : "FAIL");
     if (per_second > 0) printf("  %8.1f %s", per_second * 1e-9, unit);
     putchar('\n');
 }
@@ -323,19 +323,24 @@ static void check_dropout(const struct fa_cpu_ops *ops)
 
 /* ------------------------------------------------------------------------------------------------ whole calls */
 
-struct call { struct fa_params p; float *memory[9]; int64_t size[9]; int64_t rng[2]; float slopes[8]; };
+struct call { struct fa_params p; char *memory[9]; int64_t size[9]; int64_t rng[2]; float slopes[8]; };
+
+enum { LSE = 8 };       /* which is always fp32 */
+static enum fa_dtype dtype_in(const struct call *c, int which) { return which == LSE ? FA_FLOAT32 : c->p.dtype; }
 
 static struct fa_tensor tensor(struct call *c, int which, int64_t s, int64_t h, int64_t d)
 {
     c->size[which] = c->p.b * s * h * d;
-    c->memory[which] = random_floats(c->size[which] + 1, -1.5f, 1.5f);
+    c->memory[which] = aligned_alloc(64, (size_t)fa_pad(4 * c->size[which] + 64, 64));
+    for (int64_t i = 0; i < c->size[which]; i++) fa_store(dtype_in(c, which), c->memory[which], i, uniform(-1.5f, 1.5f));
     return (struct fa_tensor){ c->memory[which], s * h * d, h * d, d };
 }
 
-static struct call random_call(void)
+static struct call random_call(enum fa_dtype dtype)
 {
     struct call c = { .rng = { between(0, INT32_MAX), between(0, INT32_MAX) } };
     struct fa_params *p = &c.p;
+    p->dtype = dtype;
     p->b = between(1, 2), p->hk = between(1, 2), p->h = p->hk * between(1, 3);
     p->sq = between(0, 3) ? between(1, 260) : between(1, 4), p->sk = between(1, 420);
     p->d = between(1, 140), p->d_v = between(0, 1) ? p->d : between(1, 80);
@@ -371,12 +376,29 @@ static void run(struct fa_params *p, enum fa_pass pass)
     }
 }
 
-static void check_calls(const char *isa, int trials)
+/* Values as fp32, so that they can be compared after the next run has written over them. */
+static float *values_of(const struct call *c, int which)
+{
+    float *x = random_floats(c->size[which], 0, 0);
+    for (int64_t i = 0; i < c->size[which]; i++) x[i] = (float)fa_load(dtype_in(c, which), c->memory[which], i);
+    return x;
+}
+
+/* bfloat16 errors relative to the largest value of their tensor; a wrong element is of that size. */
+static double largest(const float *x, int64_t n)
+{
+    double most = 1e-3;
+    for (int64_t i = 0; i < n; i++)
+        if (isfinite(x[i])) most = fmax(most, fabs((double)x[i]));
+    return most;
+}
+
+static void check_calls(const char *isa, enum fa_dtype dtype, double bound, int trials)
 {
     double worst = 0;
     setenv("FLASH_ATTN_CPU_ISA", isa, 1);
     for (int trial = 0; trial < trials; trial++) {
-        struct call c = random_call();
+        struct call c = random_call(dtype);
         c.p.rng = c.rng;
         if (c.p.alibi) c.p.alibi = c.slopes;
         setenv("FLASH_ATTN_KERNEL", "reference", 1);
@@ -384,35 +406,38 @@ static void check_calls(const char *isa, int trials)
         run(&c.p, FA_BACKWARD);
         float *expected[9];
         for (int i = 4; i < 9; i++) {
-            expected[i] = copy_floats(c.memory[i], c.size[i]);
-            memset(c.memory[i], 0xff, (size_t)(4 * c.size[i]));         /* poison the outputs */
+            expected[i] = values_of(&c, i);
+            memset(c.memory[i], 0xff, (size_t)c.size[i] * fa_sizeof(dtype_in(&c, i)));      /* poison the outputs */
         }
         setenv("FLASH_ATTN_KERNEL", "cpu", 1);
         run(&c.p, FA_FORWARD);
         run(&c.p, FA_BACKWARD);
         for (int i = 4; i < 9; i++) {
-            const double gap = difference(c.memory[i], expected[i], c.size[i]);
-            if (gap > 1e-4)
+            float *ours = values_of(&c, i);
+            const double unit = dtype == FA_BFLOAT16 ? largest(expected[i], c.size[i]) : 1;
+            const double gap = difference(ours, expected[i], c.size[i]) / unit;
+            if (!(gap <= bound))
                 printf("  tensor %d differs by %.1e: b %d h %d/%d s %d %d d %d %d scale %g softcap %g window %d %d alibi %d dropout %g\n",
                        i, gap, (int)c.p.b, (int)c.p.h, (int)c.p.hk, (int)c.p.sq, (int)c.p.sk, (int)c.p.d, (int)c.p.d_v, c.p.scale,
                        c.p.softcap, (int)c.p.window_left, (int)c.p.window_right, c.p.alibi != NULL, c.p.dropout_p);
             worst = fmax(worst, gap);
+            free(ours);
             free(expected[i]);
         }
         for (int i = 0; i < 9; i++) free(c.memory[i]);
     }
-    report("forward and backward", isa, worst, 1e-4, 0, NULL);
+    report(dtype == FA_BFLOAT16 ? "calls in bfloat16" : "calls in fp32", isa, worst, bound, 0, NULL);
 }
 
 int main(int count, char **arguments)
 {
     const int trials = count > 1 ? atoi(arguments[1]) : 40;
-    static const char *const names[FA_CPU_LEVELS] = { "generic", "avx2", "avx512", "amx" };
-    printf("%-26s %-8s %9s\n", "check", "level", "error");
+    static const char *const names[FA_CPU_LEVELS] = { "generic", "avx2", "avx512", "avx512_bf16", "amx" };
+    printf("%-26s %-11s %9s\n", "check", "level", "error");
     for (int level = 0; level < FA_CPU_LEVELS; level++) {
         const struct fa_cpu_ops *ops = fa_cpu_ops_at((enum fa_cpu_level)level);
         if (!ops) {
-            printf("%-26s %-8s skipped: this CPU lacks it\n", "all", names[level]);
+            printf("%-26s %-11s skipped: this CPU lacks it\n", "all", names[level]);
             continue;
         }
         if (ops->enter) ops->enter();
@@ -423,7 +448,8 @@ int main(int count, char **arguments)
         check_score_rows(ops);
         check_conversions(ops);
         check_dropout(ops);
-        check_calls(ops->isa, trials);
+        if (ops->element == 4) check_calls(ops->isa, FA_FLOAT32, 1e-4, trials);
+        check_calls(ops->isa, FA_BFLOAT16, 2e-2, trials);
     }
     printf("%d failed\n", failures);
     return failures != 0;
