@@ -1,8 +1,9 @@
 /* check_cpu.c: every instruction set against the definition, and timed beside it, without Python or torch.
  *
- *     make checkasm                       all levels that this CPU has
+ *     make checkasm                       all levels that this CPU has, and AMX emulated (amx_emulation.h)
+ *     build/check_cpu [calls [level]]     so many random calls; one level only
  *
- * First each micro-kernel of cpu/ops.h: AVX2 and AVX-512 must agree with generic C, and show their speed. Then whole
+ * First each micro-kernel of cpu/ops.h must agree with sums in double, and shows its speed. Then whole
  * calls through flash_attn.h with random shapes and features: each level must agree with common/reference.c. Prints one
  * line per check and level; exits with the number of failures. */
 #define _GNU_SOURCE
@@ -436,6 +437,7 @@ int main(int count, char **arguments)
     printf("%-26s %-11s %9s\n", "check", "level", "error");
     for (int level = 0; level < FA_CPU_LEVELS; level++) {
         const struct fa_cpu_ops *ops = fa_cpu_ops_at((enum fa_cpu_level)level);
+        if (count > 2 && strcmp(arguments[2], names[level])) continue;
         if (!ops) {
             printf("%-26s %-11s skipped: this CPU lacks it\n", "all", names[level]);
             continue;
