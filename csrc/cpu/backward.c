@@ -38,15 +38,15 @@ struct backward {
 static struct scratch take_scratch(const struct cpu_plan *plan, struct cpu_arena *arena)
 {
     const struct fa_cpu_ops *ops = plan->ops;
-    const int64_t m = plan->block.m, n = plan->block.n, element = ops->element, strip = 4 * plan->block.strip * n;
+    const int64_t m = plan->block.m, n = plan->block.n, element = ops->element, strip = 4 * plan->block.strip * plan->s_row;
     const int64_t d = plan->d_row, dv = plan->dv_row, widest = d > dv ? d : dv;
     struct scratch t;
     t.k = fa_cpu_take(arena, element * n * plan->d_right);
     t.k_panels = fa_cpu_take(arena, element * n * plan->d_pad);
     t.v_panels = fa_cpu_take(arena, element * n * plan->dv_pad);
     t.rows = fa_cpu_take(arena, element * (n > m ? n : m) * widest);           /* delta's pass loads out here */
-    t.dk = fa_cpu_take(arena, 4 * n * d);
-    t.dv = fa_cpu_take(arena, 4 * n * dv);
+    t.dk = fa_cpu_take(arena, 4 * plan->s_row * d);
+    t.dv = fa_cpu_take(arena, 4 * plan->s_row * dv);
     t.q = fa_cpu_take(arena, element * m * d);
     t.dout = fa_cpu_take(arena, element * m * dv);
     t.q_columns = ops->pack_columns ? fa_cpu_take(arena, element * m * plan->d_pad) : t.q;
@@ -55,7 +55,7 @@ static struct scratch take_scratch(const struct cpu_plan *plan, struct cpu_arena
     t.dp = fa_cpu_take(arena, strip);
     t.to = (struct fa_gradients){ t.s, t.dp, t.dp };
     if (element != 4)
-        for (int i = 0; i < 3; i++) *(i == 0 ? &t.to.p : i == 1 ? &t.to.ds : &t.to.ds_sum) = fa_cpu_take(arena, element * m * n);
+        for (int i = 0; i < 3; i++) *(i == 0 ? &t.to.p : i == 1 ? &t.to.ds : &t.to.ds_sum) = fa_cpu_take(arena, element * m * plan->s_row);
     t.z = plan->keep256 < 256 ? fa_cpu_take(arena, strip) : NULL;
     t.derivative = plan->p->softcap > 0 ? fa_cpu_take(arena, strip) : NULL;
     return t;
@@ -133,7 +133,7 @@ static void prepare_rows(const struct backward *job, int64_t thread, int64_t ind
 /* Sums over rows lie as sum_rows likes them: with pack_columns transposed, (channels, N). */
 static struct fa_result sums_of(const struct cpu_plan *plan, float *sums, int64_t row)
 {
-    return (struct fa_result){ sums, plan->ops->pack_columns ? plan->block.n : row };
+    return (struct fa_result){ sums, plan->ops->pack_columns ? plan->s_row : row };
 }
 
 /* P and dS of rows `row` .. `row + m` of the block, as operands. `first` is the block's first row in lse and delta. */
@@ -142,7 +142,7 @@ static void strip(const struct backward *job, const struct scratch *t, const str
 {
     const struct cpu_plan *plan = &job->plan;
     const struct fa_cpu_ops *ops = plan->ops;
-    const int64_t d = plan->d_row, dv = plan->dv_row, ld = plan->block.n, nr = ops->nr, at = row * ld;
+    const int64_t d = plan->d_row, dv = plan->dv_row, ld = plan->s_row, nr = ops->nr, at = row * ld;
     const struct fa_result s = { t->s, ld }, dp = { t->dp, ld };
     const struct fa_gradients to = { fa_operand(plan, t->to.p, at), fa_operand(plan, t->to.ds, at), fa_operand(plan, t->to.ds_sum, at) };
     ops->gemm(s, (struct fa_left){ fa_operand(plan, t->q, row * d), d }, (struct fa_right){ t->k_panels, nr, nr * plan->d_pad },
@@ -160,7 +160,7 @@ static void tile(const struct backward *job, const struct scratch *t, const stru
 {
     const struct cpu_plan *plan = &job->plan;
     const struct fa_cpu_ops *ops = plan->ops;
-    const int64_t j0 = item->block * plan->block.n, m = rows->count, n = fa_pad(count, ops->pad), ld = plan->block.n;
+    const int64_t j0 = item->block * plan->block.n, m = rows->count, n = fa_pad(count, ops->pad), ld = plan->s_row;
     const int64_t d = plan->d_row, dv = plan->dv_row, first = item->first_row + block * plan->block.m;
     struct fa_left q = { t->q_columns, d }, dout = { t->dout_columns, dv };
     fa_cpu_load_rows(plan, rows, &plan->p->q, plan->p->d, t->q, d);
@@ -209,7 +209,7 @@ static void differentiate(const struct backward *job, int64_t thread, int64_t in
     const int64_t n = plan->block.n, j0 = item.block * n, left = item.seq.sk - j0, count = left < n ? left : n;
     const int64_t row_blocks = fa_blocks(plan->group * item.seq.sq, plan->block.m);
     load_keys(job, &t, &item, count);
-    const int64_t cleared = plan->ops->pack_columns ? n : count;
+    const int64_t cleared = plan->ops->pack_columns ? plan->s_row : count;
     memset(t.dk, 0, (size_t)(4 * cleared * plan->d_row));
     memset(t.dv, 0, (size_t)(4 * cleared * plan->dv_row));
 

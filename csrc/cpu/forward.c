@@ -27,7 +27,7 @@ struct forward {
 
 static struct scratch take_scratch(const struct cpu_plan *plan, struct cpu_arena *arena)
 {
-    const int64_t rows = plan->block.m + FA_ROW_PAD, element = plan->ops->element, tile = plan->block.strip * plan->block.n;
+    const int64_t rows = plan->block.m + FA_ROW_PAD, element = plan->ops->element, tile = plan->block.strip * plan->s_row;
     const int64_t channels = plan->d_row > plan->dv_row ? plan->d_row : plan->dv_row;
     const int64_t most = plan->block.n > rows ? plan->block.n : rows;
     struct scratch t;
@@ -87,7 +87,7 @@ static void store_rows(const struct cpu_plan *plan, const struct cpu_rows *rows,
     for (int64_t r = 0; r < rows->count; r++) {
         const bool empty = sum[r] == 0;                         /* no visible key; NaN is not empty */
         plan->ops->store_row(fa_cpu_row_at(plan, rows, &p->out, r), p->dtype, o + r * plan->dv_row, p->d_v, empty ? 0 : 1 / sum[r]);
-        const double lse = (double)max[r] * plan->exponent_scale * FA_LN2 + log(sum[r]);
+        const double lse = (double)max[r] * plan->exponent_scale * FA_LN2 + logf(sum[r]);
         ((float *)p->lse.ptr)[fa_offset(&p->lse, rows->b, rows->seq.q0, rows->i[r], rows->head[r])] = empty ? -INFINITY : (float)lse;
     }
 }
@@ -98,7 +98,7 @@ static void strip(const struct forward *job, const struct scratch *t, const stru
 {
     const struct cpu_plan *plan = &job->plan;
     const struct fa_cpu_ops *ops = plan->ops;
-    const int64_t n = fa_pad(count, ops->pad), ld = plan->block.n;
+    const int64_t n = fa_pad(count, ops->pad), ld = plan->s_row;
     const struct fa_result s = { t->s, ld }, o = { t->o + row * plan->dv_row, plan->dv_row };
     const struct fa_left q = { fa_operand(plan, t->q, row * plan->d_row), plan->d_row }, p = { t->p, ld };
     const struct fa_right k = { fa_operand(plan, job->k_panels, (key + j0) * plan->d_pad), ops->nr, ops->nr * plan->d_pad };

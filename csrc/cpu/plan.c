@@ -23,6 +23,8 @@ struct cpu_plan fa_cpu_make_plan(enum fa_pass pass, const struct fa_params *p, s
         .keep256 = fa_keep256(p->dropout_p),
     };
     plan.block = pass == FA_FORWARD ? plan.ops->forward : plan.ops->backward;
+    /* Tiles are 16 rows: at a power of two apart they would share few of L1's sets. */
+    plan.s_row = plan.block.n + (plan.ops->element == 2 ? plan.ops->pad : 0);
     plan.d_pad = fa_pad(p->d, plan.ops->pad);
     plan.dv_pad = fa_pad(p->d_v, plan.ops->pad);
     plan.d_row = plan.d_pad + (plan.d_pad % 128 ? 0 : plan.ops->pad);

@@ -25,6 +25,7 @@ struct cpu_plan {
     const struct fa_params *p;
     const struct fa_cpu_ops *ops;
     struct fa_cpu_blocks block;         /* of this pass */
+    int64_t s_row;                      /* row stride of S, of its operands, and of sums that lie transposed */
     int64_t group;                      /* query heads per key/value head */
     int64_t d_pad, dv_pad;              /* channels of operands */
     int64_t d_row, dv_row;              /* row strides: not 512 bytes, where a panel of rows would share half of L1's sets */
