@@ -18,8 +18,7 @@ struct scratch {
     void *k, *k_panels, *v_panels;              /* (N, d) to sum over keys, K^T and V^T in panels: of the item */
     void *rows;                                 /* (N, d) (N, dv) on their way to panels */
     float *dk, *dv;                             /* (N, d) (N, dv) sums */
-    void *q, *dout;                             /* (M, d) (M, dv): of the row block */
-    void *q_columns, *dout_columns;             /* and what sum_rows takes of them */
+    void *q, *dout;                             /* (M, d) (M, dv): of the row block, unless they are packed */
     float *s, *dp;                              /* (strip, N): scores and dP */
     struct fa_gradients to;                     /* (M, N): P and dS as operands */
     float *z, *derivative;                      /* (strip, N) with dropout; with softcap */
@@ -28,6 +27,7 @@ struct scratch {
 struct backward {
     struct cpu_plan plan;
     float *dq;                                  /* (rows, d_row), the rows of a head padded */
+    void *q, *dout, *q_columns, *dout_columns;  /* (rows, d_row) ..., with pack_columns: packed once, not per tile */
     float *lse, *delta;                         /* (rows,), lse in units of the scores that P is made of */
     int32_t *added;                             /* (row blocks,) items that have added to dq */
     int32_t *prepared;                          /* (b, hk) row blocks whose delta is ready */
@@ -47,10 +47,8 @@ static struct scratch take_scratch(const struct cpu_plan *plan, struct cpu_arena
     t.rows = fa_cpu_take(arena, element * (n > m ? n : m) * widest);           /* delta's pass loads out here */
     t.dk = fa_cpu_take(arena, 4 * plan->s_row * d);
     t.dv = fa_cpu_take(arena, 4 * plan->s_row * dv);
-    t.q = fa_cpu_take(arena, element * m * d);
-    t.dout = fa_cpu_take(arena, element * m * dv);
-    t.q_columns = ops->pack_columns ? fa_cpu_take(arena, element * m * plan->d_pad) : t.q;
-    t.dout_columns = ops->pack_columns ? fa_cpu_take(arena, element * m * plan->dv_pad) : t.dout;
+    t.q = ops->pack_columns ? NULL : fa_cpu_take(arena, element * m * d);
+    t.dout = ops->pack_columns ? NULL : fa_cpu_take(arena, element * m * dv);
     t.s = fa_cpu_take(arena, strip);
     t.dp = fa_cpu_take(arena, strip);
     t.to = (struct fa_gradients){ t.s, t.dp, t.dp };
@@ -65,6 +63,13 @@ static struct backward make_backward(const struct fa_params *p, struct cpu_arena
 {
     struct backward job = { .plan = fa_cpu_make_plan(FA_BACKWARD, p, arena) };
     job.dq = fa_cpu_take(arena, 4 * job.plan.total.rows * job.plan.d_row);
+    if (job.plan.ops->pack_columns) {
+        const int64_t bytes = job.plan.ops->element * job.plan.total.rows;
+        job.q = fa_cpu_take(arena, bytes * job.plan.d_row);
+        job.dout = fa_cpu_take(arena, bytes * job.plan.dv_row);
+        job.q_columns = fa_cpu_take(arena, bytes * job.plan.d_pad);
+        job.dout_columns = fa_cpu_take(arena, bytes * job.plan.dv_pad);
+    }
     job.lse = fa_cpu_take(arena, 4 * job.plan.total.rows);
     job.delta = fa_cpu_take(arena, 4 * job.plan.total.rows);
     job.added = fa_cpu_take(arena, 4 * job.plan.total.row_blocks);
@@ -87,6 +92,30 @@ static int32_t *added_to(const struct backward *job, const struct cpu_item *item
 {
     const int64_t per_head = fa_blocks(job->plan.group * item->seq.sq, job->plan.block.m);
     return job->added + job->plan.before[item->b].row_blocks + item->kv_head * per_head + block;
+}
+
+/* A row block as operands: rows, and what sum_rows takes of them. */
+struct block { struct fa_left q, dout, q_sum, dout_sum; };
+
+static struct block block_of(const struct backward *job, const struct scratch *t, int64_t first, int64_t m)
+{
+    const struct cpu_plan *plan = &job->plan;
+    const int64_t d = plan->d_row, dv = plan->dv_row, ld = fa_pad(m, FA_ROW_PAD);
+    if (!plan->ops->pack_columns) return (struct block){ { t->q, d }, { t->dout, dv }, { t->q, d }, { t->dout, dv } };
+    return (struct block){ { fa_operand(plan, job->q, first * d), d }, { fa_operand(plan, job->dout, first * dv), dv },
+                           { fa_operand(plan, job->q_columns, first * plan->d_pad), ld },
+                           { fa_operand(plan, job->dout_columns, first * plan->dv_pad), ld } };
+}
+
+/* dst <- rows of q or dout, whether for this tile or for all. */
+static void load_block(const struct backward *job, const struct cpu_rows *rows, const struct block *block)
+{
+    const struct cpu_plan *plan = &job->plan;
+    fa_cpu_load_rows(plan, rows, &plan->p->q, plan->p->d, (void *)block->q.ptr, plan->d_row);
+    fa_cpu_load_rows(plan, rows, &plan->p->dout, plan->p->d_v, (void *)block->dout.ptr, plan->dv_row);
+    if (!plan->ops->pack_columns) return;
+    plan->ops->pack_columns((void *)block->q_sum.ptr, block->q_sum.row, block->q.ptr, plan->d_row, rows->count, plan->d_pad);
+    plan->ops->pack_columns((void *)block->dout_sum.ptr, block->dout_sum.row, block->dout.ptr, plan->dv_row, rows->count, plan->dv_pad);
 }
 
 static float load_lse(const struct fa_tensor *t, const struct cpu_rows *rows, int64_t r)
@@ -114,12 +143,14 @@ static void prepare_rows(const struct backward *job, int64_t thread, int64_t ind
     struct cpu_rows rows;
     fa_cpu_make_rows(plan, &item, item.block, &rows);
     fa_cpu_load_rows(plan, &rows, &p->out, p->d_v, t.rows, plan->dv_row);
-    fa_cpu_load_rows(plan, &rows, &p->dout, p->d_v, t.dout, plan->dv_row);
+    const struct block operands = block_of(job, &t, first, rows.count);
+    if (plan->ops->pack_columns) load_block(job, &rows, &operands);
+    else fa_cpu_load_rows(plan, &rows, &p->dout, p->d_v, t.dout, plan->dv_row);
     for (int64_t r = 0; r < rows.count; r++) {
         const float lse = load_lse(&p->lse, &rows, r), dlse = p->dlse.ptr ? load_lse(&p->dlse, &rows, r) : 0;
         const bool empty = isinf(lse);
         job->lse[first + r] = empty ? INFINITY : (float)(lse * FA_LOG2E / plan->exponent_scale);
-        job->delta[first + r] = empty ? 0 : plan->ops->dot(fa_operand(plan, t.rows, r * plan->dv_row), fa_operand(plan, t.dout, r * plan->dv_row), plan->dv_pad) - dlse;
+        job->delta[first + r] = empty ? 0 : plan->ops->dot(fa_operand(plan, t.rows, r * plan->dv_row), fa_operand(plan, operands.dout.ptr, r * plan->dv_row), plan->dv_pad) - dlse;
     }
     *added_to(job, &item, item.block) = 0;
     if (rows.hull.first >= rows.hull.last) {                    /* no item will come by */
@@ -137,18 +168,18 @@ static struct fa_result sums_of(const struct cpu_plan *plan, float *sums, int64_
 }
 
 /* P and dS of rows `row` .. `row + m` of the block, as operands. `first` is the block's first row in lse and delta. */
-static void strip(const struct backward *job, const struct scratch *t, const struct cpu_rows *rows, int64_t row, int64_t m,
-                  int64_t first, int64_t j0, int64_t n)
+static void strip(const struct backward *job, const struct scratch *t, const struct cpu_rows *rows, const struct block *from,
+                  int64_t row, int64_t m, int64_t first, int64_t j0, int64_t n)
 {
     const struct cpu_plan *plan = &job->plan;
     const struct fa_cpu_ops *ops = plan->ops;
     const int64_t d = plan->d_row, dv = plan->dv_row, ld = plan->s_row, nr = ops->nr, at = row * ld;
     const struct fa_result s = { t->s, ld }, dp = { t->dp, ld };
     const struct fa_gradients to = { fa_operand(plan, t->to.p, at), fa_operand(plan, t->to.ds, at), fa_operand(plan, t->to.ds_sum, at) };
-    ops->gemm(s, (struct fa_left){ fa_operand(plan, t->q, row * d), d }, (struct fa_right){ t->k_panels, nr, nr * plan->d_pad },
+    ops->gemm(s, (struct fa_left){ fa_operand(plan, from->q.ptr, row * d), d }, (struct fa_right){ t->k_panels, nr, nr * plan->d_pad },
               m, n, plan->p->d, false);
-    ops->gemm(dp, (struct fa_left){ fa_operand(plan, t->dout, row * dv), dv }, (struct fa_right){ t->v_panels, nr, nr * plan->dv_pad },
-              m, n, plan->p->d_v, false);
+    ops->gemm(dp, (struct fa_left){ fa_operand(plan, from->dout.ptr, row * dv), dv },
+              (struct fa_right){ t->v_panels, nr, nr * plan->dv_pad }, m, n, plan->p->d_v, false);
     fa_cpu_modify_scores(plan, rows, row, m, s, j0, n, t->derivative);
     if (t->z) fa_cpu_dropout_mask(plan, rows, row, m, t->z, ld, j0, n);
     ops->softmax_backward(s, dp, m, n, plan->exponent_scale, job->lse + first + row, job->delta + first + row, t->z, t->derivative, to);
@@ -162,20 +193,14 @@ static void tile(const struct backward *job, const struct scratch *t, const stru
     const struct fa_cpu_ops *ops = plan->ops;
     const int64_t j0 = item->block * plan->block.n, m = rows->count, n = fa_pad(count, ops->pad), ld = plan->s_row;
     const int64_t d = plan->d_row, dv = plan->dv_row, first = item->first_row + block * plan->block.m;
-    struct fa_left q = { t->q_columns, d }, dout = { t->dout_columns, dv };
-    fa_cpu_load_rows(plan, rows, &plan->p->q, plan->p->d, t->q, d);
-    fa_cpu_load_rows(plan, rows, &plan->p->dout, plan->p->d_v, t->dout, dv);
-    if (ops->pack_columns) {
-        q.row = dout.row = plan->block.m;
-        ops->pack_columns(t->q_columns, q.row, t->q, d, m, plan->d_pad);
-        ops->pack_columns(t->dout_columns, dout.row, t->dout, dv, m, plan->dv_pad);
-    }
+    const struct block from = block_of(job, t, first, m);
+    if (!ops->pack_columns) load_block(job, rows, &from);
     for (int64_t row = 0, size; row < m; row += size) {
         size = m - row < plan->block.strip ? m - row : plan->block.strip;
-        strip(job, t, rows, row, size, first, j0, n);
+        strip(job, t, rows, &from, row, size, first, j0, n);
     }
-    ops->sum_rows(sums_of(plan, t->dv, dv), (struct fa_left){ t->to.p, ld }, dout, count, plan->dv_pad, m);
-    ops->sum_rows(sums_of(plan, t->dk, d), (struct fa_left){ t->to.ds_sum, ld }, q, count, plan->d_pad, m);
+    ops->sum_rows(sums_of(plan, t->dv, dv), (struct fa_left){ t->to.p, ld }, from.dout_sum, count, plan->dv_pad, m);
+    ops->sum_rows(sums_of(plan, t->dk, d), (struct fa_left){ t->to.ds_sum, ld }, from.q_sum, count, plan->d_pad, m);
 
     const int32_t turn = (int32_t)(item->block - rows->hull.first / plan->block.n);    /* items that add before this one */
     int32_t *added = added_to(job, item, block);

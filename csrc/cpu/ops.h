@@ -13,7 +13,7 @@
 
 enum {
     FA_MAX_CHANNELS = 256,
-    FA_ROW_PAD = 16,            /* results of products may have this many rows more, up to the next multiple */
+    FA_ROW_PAD = 32,            /* operands and results of products may have this many rows more, up to the next multiple */
     FA_PIECE = 16,              /* dropout bytes come in 16x16 pieces (common/philox.h) */
 };
 

@@ -16,6 +16,7 @@ enum {
     TILE = 16,                      /* rows, and dwords of a row */
     K_STEP = 32,                    /* bfloat16 of a row of A */
     TILE_ELEMENTS = TILE * K_STEP,
+    AHEAD = 6,                      /* rows to prefetch */
 };
 
 typedef uint16_t bf16;
@@ -28,6 +29,12 @@ INLINE __m512i load_part(const bf16 *p, int64_t n)              /* n of 32 eleme
 {
     if (n >= K_STEP) return _mm512_loadu_si512(p);
     return n > 0 ? _mm512_maskz_loadu_epi16((__mmask32)((1u << n) - 1), p) : _mm512_setzero_si512();
+}
+
+/* Rows of one head often lie a page apart, where the hardware does not prefetch. */
+INLINE void prefetch_row(const bf16 *p, int64_t n)
+{
+    for (int64_t c = 0; c < n; c += K_STEP) __builtin_prefetch(p + c);
 }
 
 INLINE void transpose_dwords(__m512i r[16])
@@ -74,8 +81,10 @@ static void load_rows_bf16(void *dst, int64_t ld, const void *src, enum fa_dtype
 {
     (void)dtype;                                                /* bfloat16: fa_cpu_ops chose */
     const bf16 *from = src;
-    for (bf16 *to = dst; rows > 0; rows--, to += ld, from += stride)
+    for (bf16 *to = dst; rows > 0; rows--, to += ld, from += stride) {
+        if (rows > AHEAD) prefetch_row(from + AHEAD * stride, n);
         for (int64_t c = 0; c < ld; c += K_STEP) _mm512_storeu_si512(to + c, load_part(from + c, n - c));
+    }
 }
 
 /* Tiles (rows / 32, ld / 16); rows up to the next multiple of 32 are 0. */
@@ -84,7 +93,11 @@ static void load_right_bf16(void *dst, int64_t ld, const void *src, enum fa_dtyp
     (void)dtype;
     const bf16 *from = src;
     for (bf16 *to = dst; rows > 0; rows -= K_STEP, to += K_STEP * ld, from += K_STEP * stride)
-        for (int p = 0; p < TILE; p++)
+        for (int p = 0; p < TILE; p++) {
+            if (rows > 2 * p + AHEAD + 1) {
+                prefetch_row(from + (2 * p + AHEAD) * stride, n);
+                prefetch_row(from + (2 * p + AHEAD + 1) * stride, n);
+            }
             for (int64_t c = 0; c < ld; c += K_STEP) {
                 const __m512i even = load_part(from + 2 * p * stride + c, 2 * p < rows ? n - c : 0);
                 const __m512i odd = load_part(from + (2 * p + 1) * stride + c, 2 * p + 1 < rows ? n - c : 0);
@@ -92,6 +105,7 @@ static void load_right_bf16(void *dst, int64_t ld, const void *src, enum fa_dtyp
                 _mm512_storeu_si512(row, pairs_low(even, odd));
                 _mm512_storeu_si512(row + TILE_ELEMENTS, pairs_high(even, odd));
             }
+        }
 }
 
 /* Panels of 16 rows, tiles (k / 32) in each; an even number of panels. */

@@ -12,7 +12,7 @@
 #define FA_LN2   0.6931471805599453
 
 enum {
-    MOST_ROWS = 192,    /* of a block */
+    MOST_ROWS = 256,    /* of a block */
     KEY_ALIGN = 64,     /* key blocks start at multiples of this: of any panel and of a dropout piece */
 };
 
