@@ -11,8 +11,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "dbias.h"
 #include "parallel.h"
-#include "plan.h"
 
 struct scratch {
     void *k, *k_panels, *v_panels;              /* (N, d) to sum over keys, K^T and V^T in panels: of the item */
@@ -31,6 +31,7 @@ struct backward {
     float *lse, *delta;                         /* (rows,), lse in units of the scores that P is made of */
     int32_t *added;                             /* (row blocks,) items that have added to dq */
     int32_t *prepared;                          /* (b, hk) row blocks whose delta is ready */
+    struct cpu_dbias dbias;
     char *scratch;
     int64_t scratch_bytes;
 };
@@ -51,7 +52,7 @@ static struct scratch take_scratch(const struct cpu_plan *plan, struct cpu_arena
     t.dout = ops->pack_columns ? NULL : fa_cpu_take(arena, element * m * dv);
     t.s = fa_cpu_take(arena, strip);
     t.dp = fa_cpu_take(arena, strip);
-    t.to = (struct fa_gradients){ t.s, t.dp, t.dp };
+    t.to = (struct fa_gradients){ t.s, t.dp, t.dp, false };
     if (element != 4)
         for (int i = 0; i < 3; i++) *(i == 0 ? &t.to.p : i == 1 ? &t.to.ds : &t.to.ds_sum) = fa_cpu_take(arena, element * m * plan->s_row);
     t.z = plan->keep256 < 256 ? fa_cpu_take(arena, strip) : NULL;
@@ -59,26 +60,26 @@ static struct scratch take_scratch(const struct cpu_plan *plan, struct cpu_arena
     return t;
 }
 
-static struct backward make_backward(const struct fa_params *p, struct cpu_arena *arena)
+static void make_backward(struct backward *job, const struct fa_params *p, struct cpu_arena *arena)
 {
-    struct backward job = { .plan = fa_cpu_make_plan(FA_BACKWARD, p, arena) };
-    job.dq = fa_cpu_take(arena, 4 * job.plan.total.rows * job.plan.d_row);
-    if (job.plan.ops->pack_columns) {
-        const int64_t bytes = job.plan.ops->element * job.plan.total.rows;
-        job.q = fa_cpu_take(arena, bytes * job.plan.d_row);
-        job.dout = fa_cpu_take(arena, bytes * job.plan.dv_row);
-        job.q_columns = fa_cpu_take(arena, bytes * job.plan.d_pad);
-        job.dout_columns = fa_cpu_take(arena, bytes * job.plan.dv_pad);
+    job->plan = fa_cpu_make_plan(FA_BACKWARD, p, arena);
+    job->dq = fa_cpu_take(arena, 4 * job->plan.total.rows * job->plan.d_row);
+    if (job->plan.ops->pack_columns) {
+        const int64_t bytes = job->plan.ops->element * job->plan.total.rows;
+        job->q = fa_cpu_take(arena, bytes * job->plan.d_row);
+        job->dout = fa_cpu_take(arena, bytes * job->plan.dv_row);
+        job->q_columns = fa_cpu_take(arena, bytes * job->plan.d_pad);
+        job->dout_columns = fa_cpu_take(arena, bytes * job->plan.dv_pad);
     }
-    job.lse = fa_cpu_take(arena, 4 * job.plan.total.rows);
-    job.delta = fa_cpu_take(arena, 4 * job.plan.total.rows);
-    job.added = fa_cpu_take(arena, 4 * job.plan.total.row_blocks);
-    job.prepared = fa_cpu_take(arena, 4 * p->b * p->hk);
+    job->lse = fa_cpu_take(arena, 4 * job->plan.total.rows);
+    job->delta = fa_cpu_take(arena, 4 * job->plan.total.rows);
+    job->added = fa_cpu_take(arena, 4 * job->plan.total.row_blocks);
+    job->prepared = fa_cpu_take(arena, 4 * p->b * p->hk);
+    job->dbias = fa_cpu_make_dbias(&job->plan, arena);
     struct cpu_arena one = { NULL, 0 };
-    take_scratch(&job.plan, &one);
-    job.scratch_bytes = one.used;
-    job.scratch = fa_cpu_take(arena, one.used * (p->n_threads > 1 ? p->n_threads : 1));
-    return job;
+    take_scratch(&job->plan, &one);
+    job->scratch_bytes = one.used;
+    job->scratch = fa_cpu_take(arena, one.used * (p->n_threads > 1 ? p->n_threads : 1));
 }
 
 static struct scratch scratch_of(const struct backward *job, int64_t thread)
@@ -161,54 +162,81 @@ static void prepare_rows(const struct backward *job, int64_t thread, int64_t ind
     fa_advance(&job->prepared[item.b * p->hk + item.kv_head]);
 }
 
+/* The item's share of dq, from dS (rows, count), none of it where count is 0; the last item to meet these rows stores them. */
+static void add_dq(const struct backward *job, const struct cpu_rows *rows, const struct cpu_item *item, int64_t block,
+                   const struct scratch *t, int64_t count, const float *row_sums)
+{
+    const struct cpu_plan *plan = &job->plan;
+    const int64_t d = plan->d_row;
+    const int32_t turn = (int32_t)(item->block - rows->hull.first / plan->block.n);    /* items that add before this one */
+    int32_t *added = added_to(job, item, block);
+    float *dq = job->dq + (item->first_row + block * plan->block.m) * d;
+    fa_wait_for(added, turn);
+    if (count > 0) {
+        plan->ops->gemm((struct fa_result){ dq, d }, (struct fa_left){ t->to.ds, plan->s_row },
+                        (struct fa_right){ t->k, plan->d_right, plan->ops->row_panel }, rows->count, plan->d_pad, count, turn > 0);
+        fa_cpu_add_row_sums(&job->dbias, rows, row_sums);
+    } else if (turn == 0) {
+        memset(dq, 0, (size_t)(4 * rows->count * d));
+    }
+    if (item->block == (rows->hull.last - 1) / plan->block.n) store_dq(job, rows, dq);
+    else fa_advance(added);
+}
+
 /* Sums over rows lie as sum_rows likes them: with pack_columns transposed, (channels, N). */
 static struct fa_result sums_of(const struct cpu_plan *plan, float *sums, int64_t row)
 {
     return (struct fa_result){ sums, plan->ops->pack_columns ? plan->s_row : row };
 }
 
+/* dbias wants dS before softcap's derivative; where that is an operand in place, the derivative comes after. */
+static bool takes_derivative_last(const struct backward *job, const struct scratch *t)
+{
+    return t->derivative && job->dbias.kind != NO_DBIAS && job->plan.ops->element == 4;
+}
+
 /* P and dS of rows `row` .. `row + m` of the block, as operands. `first` is the block's first row in lse and delta. */
 static void strip(const struct backward *job, const struct scratch *t, const struct cpu_rows *rows, const struct block *from,
-                  int64_t row, int64_t m, int64_t first, int64_t j0, int64_t n)
+                  int64_t row, int64_t m, int64_t first, int64_t j0, struct cpu_view view)
 {
     const struct cpu_plan *plan = &job->plan;
     const struct fa_cpu_ops *ops = plan->ops;
-    const int64_t d = plan->d_row, dv = plan->dv_row, ld = plan->s_row, nr = ops->nr, at = row * ld;
+    const int64_t d = plan->d_row, dv = plan->dv_row, ld = plan->s_row, nr = ops->nr, at = row * ld, n = fa_pad(view.count, ops->pad);
     const struct fa_result s = { t->s, ld }, dp = { t->dp, ld };
-    const struct fa_gradients to = { fa_operand(plan, t->to.p, at), fa_operand(plan, t->to.ds, at), fa_operand(plan, t->to.ds_sum, at) };
+    const struct fa_gradients to = { fa_operand(plan, t->to.p, at), fa_operand(plan, t->to.ds, at), fa_operand(plan, t->to.ds_sum, at),
+                                     job->dbias.kind != NO_DBIAS };
     ops->gemm(s, (struct fa_left){ fa_operand(plan, from->q.ptr, row * d), d }, (struct fa_right){ t->k_panels, nr, nr * plan->d_pad },
               m, n, plan->p->d, false);
     ops->gemm(dp, (struct fa_left){ fa_operand(plan, from->dout.ptr, row * dv), dv },
               (struct fa_right){ t->v_panels, nr, nr * plan->dv_pad }, m, n, plan->p->d_v, false);
-    fa_cpu_modify_scores(plan, rows, row, m, s, j0, n, t->derivative);
+    fa_cpu_modify_scores(plan, rows, row, m, s, j0, view, t->derivative);
     if (t->z) fa_cpu_dropout_mask(plan, rows, row, m, t->z, ld, j0, n);
-    ops->softmax_backward(s, dp, m, n, plan->exponent_scale, job->lse + first + row, job->delta + first + row, t->z, t->derivative, to);
+    ops->softmax_backward(s, dp, m, n, plan->exponent_scale, job->lse + first + row, job->delta + first + row, t->z,
+                          takes_derivative_last(job, t) ? NULL : t->derivative, to);
 }
 
 /* One tile: rows x the item's keys from column 0 to `count`. */
 static void tile(const struct backward *job, const struct scratch *t, const struct cpu_rows *rows, const struct cpu_item *item,
-                 int64_t block, int64_t count)
+                 int64_t block, struct cpu_view view)
 {
     const struct cpu_plan *plan = &job->plan;
     const struct fa_cpu_ops *ops = plan->ops;
-    const int64_t j0 = item->block * plan->block.n, m = rows->count, n = fa_pad(count, ops->pad), ld = plan->s_row;
+    const int64_t j0 = item->block * plan->block.n, m = rows->count, count = view.count, n = fa_pad(count, ops->pad), ld = plan->s_row;
     const int64_t d = plan->d_row, dv = plan->dv_row, first = item->first_row + block * plan->block.m;
+    const struct fa_result ds = { t->dp, ld };
     const struct block from = block_of(job, t, first, m);
     if (!ops->pack_columns) load_block(job, rows, &from);
     for (int64_t row = 0, size; row < m; row += size) {
         size = m - row < plan->block.strip ? m - row : plan->block.strip;
-        strip(job, t, rows, &from, row, size, first, j0, n);
+        strip(job, t, rows, &from, row, size, first, j0, view);
     }
+    float row_sums[MOST_ROWS];
+    fa_cpu_add_tile(&job->dbias, rows, item, block, ds, count);
+    fa_cpu_sum_rows(&job->dbias, rows, ds, n, row_sums);
+    if (takes_derivative_last(job, t)) ops->multiply(ds, m, n, t->derivative);
     ops->sum_rows(sums_of(plan, t->dv, dv), (struct fa_left){ t->to.p, ld }, from.dout_sum, count, plan->dv_pad, m);
     ops->sum_rows(sums_of(plan, t->dk, d), (struct fa_left){ t->to.ds_sum, ld }, from.q_sum, count, plan->d_pad, m);
-
-    const int32_t turn = (int32_t)(item->block - rows->hull.first / plan->block.n);    /* items that add before this one */
-    int32_t *added = added_to(job, item, block);
-    fa_wait_for(added, turn);
-    ops->gemm((struct fa_result){ job->dq + first * d, d }, (struct fa_left){ t->to.ds, ld },
-              (struct fa_right){ t->k, plan->d_right, ops->row_panel }, m, plan->d_pad, count, turn > 0);
-    if (item->block == (rows->hull.last - 1) / plan->block.n) store_dq(job, rows, job->dq + first * d);
-    else fa_advance(added);
+    add_dq(job, rows, item, block, t, count, row_sums);
 }
 
 static void load_keys(const struct backward *job, const struct scratch *t, const struct cpu_item *item, int64_t count)
@@ -242,10 +270,18 @@ static void differentiate(const struct backward *job, int64_t thread, int64_t in
     for (int64_t block = row_blocks - 1; block >= 0; block--) {
         struct cpu_rows rows;
         fa_cpu_make_rows(plan, &item, block, &rows);
-        if (rows.hull.last <= j0 || rows.hull.first >= j0 + count) continue;
+        const bool meets = rows.hull.last > j0 && rows.hull.first < j0 + count;
         const int64_t seen = rows.hull.last - j0;
-        tile(job, &t, &rows, &item, block, seen < count ? seen : count);
+        struct cpu_view view = { 0, false };
+        if (meets) view = fa_cpu_view(plan, &rows, 0, rows.count, j0, seen < count ? seen : count);
+        if (view.count > 0) {
+            tile(job, &t, &rows, &item, block, view);
+            continue;
+        }
+        fa_cpu_add_tile(&job->dbias, &rows, &item, block, (struct fa_result){ t.dp, plan->s_row }, 0);   /* others wait for it */
+        if (meets) add_dq(job, &rows, &item, block, &t, 0, NULL);
     }
+    fa_cpu_end_item(&job->dbias, &item);
     const int64_t size = (int64_t)fa_sizeof(p->dtype);
     char *dk = (char *)p->dk.ptr + size * fa_offset(&p->dk, item.b, item.seq.k0, j0, item.kv_head);
     char *dv = (char *)p->dv.ptr + size * fa_offset(&p->dv, item.b, item.seq.k0, j0, item.kv_head);
@@ -264,7 +300,8 @@ static void work(void *data, int64_t thread, int64_t index)
 int64_t fa_cpu_backward_workspace(const struct fa_params *p)
 {
     struct cpu_arena arena = { NULL, 0 };
-    make_backward(p, &arena);
+    struct backward job;
+    make_backward(&job, p, &arena);
     return arena.used;
 }
 
@@ -272,9 +309,12 @@ enum fa_status fa_cpu_backward(const struct fa_params *p, struct fa_error *error
 {
     (void)error;
     struct cpu_arena arena = { p->workspace, 0 };
-    struct backward job = make_backward(p, &arena);
+    struct backward job;
+    make_backward(&job, p, &arena);
     memset(job.prepared, 0, (size_t)(4 * p->b * p->hk));
+    fa_cpu_begin_dbias(&job.dbias);
     fa_parallel(job.plan.ops, p->n_threads, job.plan.total.row_blocks + job.plan.total.key_blocks, work, &job);
+    fa_cpu_finish_dbias(&job.dbias);
     fa_fill_outside(FA_BACKWARD, p);
     return FA_OK;
 }

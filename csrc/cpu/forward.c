@@ -92,22 +92,22 @@ static void store_rows(const struct cpu_plan *plan, const struct cpu_rows *rows,
     }
 }
 
-/* Rows `row` .. `row + m` of the block against keys j0 .. j0 + count of the item's head. */
+/* Rows `row` .. `row + m` of the block against keys j0 .. j0 + view.count of the item's head. */
 static void strip(const struct forward *job, const struct scratch *t, const struct cpu_rows *rows, int64_t row, int64_t m,
-                  int64_t key, int64_t j0, int64_t count, float *max, float *sum)
+                  int64_t key, int64_t j0, struct cpu_view view, float *max, float *sum)
 {
     const struct cpu_plan *plan = &job->plan;
     const struct fa_cpu_ops *ops = plan->ops;
-    const int64_t n = fa_pad(count, ops->pad), ld = plan->s_row;
+    const int64_t n = fa_pad(view.count, ops->pad), ld = plan->s_row;
     const struct fa_result s = { t->s, ld }, o = { t->o + row * plan->dv_row, plan->dv_row };
     const struct fa_left q = { fa_operand(plan, t->q, row * plan->d_row), plan->d_row }, p = { t->p, ld };
     const struct fa_right k = { fa_operand(plan, job->k_panels, (key + j0) * plan->d_pad), ops->nr, ops->nr * plan->d_pad };
     const struct fa_right v = { fa_operand(plan, job->v_rows, (key + j0) * plan->dv_right), plan->dv_right, ops->row_panel };
     ops->gemm(s, q, k, m, n, plan->p->d, false);                                                                    /* S = Q K^T */
-    fa_cpu_modify_scores(plan, rows, row, m, s, j0, n, NULL);
+    fa_cpu_modify_scores(plan, rows, row, m, s, j0, view, NULL);
     if (t->z) fa_cpu_dropout_mask(plan, rows, row, m, t->z, ld, j0, n);
     ops->online_softmax(s, m, n, plan->exponent_scale, max + row, sum + row, o, plan->dv_pad, t->z, t->p);
-    ops->gemm(o, p, v, m, plan->dv_pad, count, true);                                                               /* O += P V */
+    ops->gemm(o, p, v, m, plan->dv_pad, view.count, true);                                                               /* O += P V */
 }
 
 static void attend(const struct forward *job, int64_t thread, int64_t index)
@@ -134,7 +134,8 @@ static void attend(const struct forward *job, int64_t thread, int64_t index)
         for (int64_t row = first, m; row < rows.count; row += m) {
             m = rows.count - row < plan->block.strip ? rows.count - row : plan->block.strip;
             const int64_t left = (causal_run ? rows.keys[row + m - 1].last : rows.hull.last) - j0;
-            strip(job, &t, &rows, row, m, key, j0, left < step ? left : step, max, sum);
+            const struct cpu_view view = fa_cpu_view(plan, &rows, row, m, j0, left < step ? left : step);
+            if (view.count > 0) strip(job, &t, &rows, row, m, key, j0, view, max, sum);      /* else mask or bias hide it */
         }
     }
     store_rows(plan, &rows, t.o, max, sum);

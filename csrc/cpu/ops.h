@@ -25,7 +25,7 @@ struct fa_result { float *ptr; int64_t row; };
 struct fa_cpu_blocks { int64_t m, n, strip; };
 
 /* Where softmax_backward leaves a strip's operands. */
-struct fa_gradients { void *p, *ds, *ds_sum; };
+struct fa_gradients { void *p, *ds, *ds_sum; bool keep_ds; };
 
 struct fa_cpu_ops {
     const char *isa;
@@ -60,17 +60,24 @@ struct fa_cpu_ops {
     void (*online_softmax)(struct fa_result s, int64_t rows, int64_t n, float scale, float *max, float *sum,
                            struct fa_result o, int64_t channels, const float *z, void *p);
     /* P = exp2(scale (S - lse)), dS = P (Z dP - delta) D; Z and D, laid out as S, may be NULL. P Z and dS are left as operands
-     * in t: ds for dQ = dS K; p and ds_sum for sum_rows. fp32 works in place: S becomes p, dP becomes ds and ds_sum. */
+     * in t: ds for dQ = dS K; p and ds_sum for sum_rows. fp32 works in place: S becomes p, dP becomes ds and ds_sum. With keep_ds
+     * dP always becomes dS, in bfloat16's tables without its factor D. */
     void (*softmax_backward)(struct fa_result s, struct fa_result dp, int64_t rows, int64_t n, float scale,
                              const float *lse, const float *delta, const float *z, const float *d, struct fa_gradients t);
 
     /* S <- outer tanh(inner S); derivative, if wanted, <- 1 - tanh^2, laid out as S. */
     void (*softcap)(struct fa_result s, int64_t rows, int64_t n, float inner, float outer, float *derivative);
     void (*scale)(struct fa_result s, int64_t rows, int64_t n, float factor);
+    void (*multiply)(struct fa_result s, int64_t rows, int64_t n, const float *z);
     /* s_j -= slope |distance - j| for j in [0, n). */
     void (*alibi_row)(float *s, int64_t n, float slope, float distance);
+    /* S <- factor S + bias, (rows, n) of any dtype but float64 at `stride`, which may be 0; n is any. */
+    void (*add_bias)(struct fa_result s, int64_t rows, int64_t n, float factor, const void *bias, enum fa_dtype dtype, int64_t stride);
+    /* S <- -inf where the mask, a byte an element, is 0. */
+    void (*apply_mask)(struct fa_result s, int64_t rows, int64_t n, const uint8_t *mask, int64_t stride);
     /* Of two rows of left operands. */
     float (*dot)(const void *x, const void *y, int64_t n);
+    float (*sum)(const float *x, int64_t n);
 
     /* z (16, 16) <- 0 or kept, the dropout mask of one piece of S. */
     void (*dropout_piece)(float *z, uint64_t seed, uint64_t offset, uint32_t batch_head, uint32_t piece_i, uint32_t piece_j,

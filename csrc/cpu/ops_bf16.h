@@ -240,7 +240,7 @@ INLINE __m512i interleave_halves(__m512i x)
     return _mm512_permutexvar_epi16(order, x);
 }
 
-struct gradient_row { const float *s, *dp, *z, *d; float lse, shift, delta; };
+struct gradient_row { const float *s; float *dp; const float *z, *d; float lse, shift, delta; bool keep_ds; };
 
 INLINE vf gradient_of(const struct gradient_row *row, bool exact, bool modified, int64_t j, float scale, vf *kept)
 {
@@ -254,6 +254,7 @@ INLINE vf gradient_of(const struct gradient_row *row, bool exact, bool modified,
         *kept = p * mask;
     }
     g = (g - broadcast(row->delta)) * p;
+    if (modified && row->keep_ds) store(row->dp + j, g);
     if (modified && row->d) g = g * load(row->d + j);
     return g;
 }
@@ -282,14 +283,17 @@ static void softmax_backward_bf16(struct fa_result s, struct fa_result dp, int64
         for (int i = 0; i < 2; i++) {
             const int64_t at = r + i < rows ? r + i : r;
             row[i] = (struct gradient_row){ s.ptr + at * s.row, dp.ptr + at * dp.row, z ? z + at * s.row : NULL, d ? d + at * s.row : NULL,
-                                            lse[at], -lse[at] * scale, delta[at] };
-            if (r + i >= rows) row[i].lse = __builtin_inff(), row[i].shift = -__builtin_inff(), row[i].delta = 0;
+                                            lse[at], -lse[at] * scale, delta[at], t.keep_ds };
+            if (r + i >= rows) {
+                row[i].lse = __builtin_inff(), row[i].shift = -__builtin_inff(), row[i].delta = 0;
+                row[i].keep_ds = false;
+            }
             exact |= !(__builtin_fabsf(row[i].shift) < EXACT_FROM) && row[i].lse != __builtin_inff();
         }
         const int64_t tile_row = r / K_STEP * K_STEP * s.row + r % K_STEP / 2 * K_STEP;
         bf16 *p = (bf16 *)t.p + tile_row, *ds_sum = (bf16 *)t.ds_sum + tile_row, *ds = (bf16 *)t.ds + r * s.row;
         if (exact) two_rows(true, true, row, n, scale, p, ds, s.row, ds_sum);
-        else if (z || d) two_rows(false, true, row, n, scale, p, ds, s.row, ds_sum);
+        else if (z || d || t.keep_ds) two_rows(false, true, row, n, scale, p, ds, s.row, ds_sum);
         else two_rows(false, false, row, n, scale, p, ds, s.row, ds_sum);
     }
     for (int64_t r = (rows + 1) / 2 * 2; r % K_STEP; r += 2) {
@@ -315,6 +319,7 @@ static float dot_bf16(const void *left, const void *right, int64_t n)
         .load_rows = load_rows_bf16, .load_right = load_right_bf16, .pack_transposed = pack_transposed_bf16,             \
         .pack_columns = pack_columns, .store_row = store_row, .gemm = gemm_bf16, .sum_rows = sum_rows_bf16,              \
         .store_sums = store_sums_bf16, .online_softmax = online_softmax_bf16, .softmax_backward = softmax_backward_bf16, \
-        .softcap = softcap, .scale = scale_rows, .alibi_row = alibi_row, .dot = dot_bf16, .dropout_piece = dropout_piece, \
+        .softcap = softcap, .scale = scale_rows, .alibi_row = alibi_row, .multiply = multiply, .add_bias = add_bias,    \
+        .apply_mask = apply_mask, .dot = dot_bf16, .sum = sum, .dropout_piece = dropout_piece,                           \
         __VA_ARGS__                                                                                                      \
     }

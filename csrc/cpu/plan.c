@@ -15,14 +15,17 @@ void *fa_cpu_take(struct cpu_arena *arena, int64_t bytes)
 struct cpu_plan fa_cpu_make_plan(enum fa_pass pass, const struct fa_params *p, struct cpu_arena *arena)
 {
     /* Scores pass through natural units; also where lse / scale might overflow. */
-    const bool natural = p->softcap > 0 || p->alibi || p->scale < 1e-20;
+    const bool natural = p->softcap > 0 || p->alibi || p->bias.ptr || p->scale < 1e-20;
+    const bool bias_first = p->bias.ptr && !p->alibi && !(p->softcap > 0);
     struct cpu_plan plan = {
         .p = p, .ops = fa_cpu_ops(p->dtype), .group = p->h / p->hk,
         .exponent_scale = (float)(natural ? FA_LOG2E : p->scale * FA_LOG2E),
-        .scale_first = natural && !(p->softcap > 0),
+        .scale_first = natural && !(p->softcap > 0) && !bias_first,
+        .bias_factor = bias_first ? (float)p->scale : 1,
         .keep256 = fa_keep256(p->dropout_p),
     };
     plan.block = pass == FA_FORWARD ? plan.ops->forward : plan.ops->backward;
+    if (p->dbias.ptr) plan.block.strip = plan.block.m;          /* which takes whole blocks of dS */
     /* Tiles are 16 rows: at a power of two apart they would share few of L1's sets. */
     plan.s_row = plan.block.n + (plan.ops->element == 2 ? plan.ops->pad : 0);
     plan.d_pad = fa_pad(p->d, plan.ops->pad);
@@ -115,20 +118,24 @@ static void hide(float *s, int64_t from, int64_t to)
     for (int64_t j = from; j < to; j++) s[j] = -INFINITY;
 }
 
-void fa_cpu_modify_scores(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t count,
-                          struct fa_result s, int64_t j0, int64_t n, float *derivative)
+void fa_cpu_modify_scores(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, struct fa_result s,
+                          int64_t j0, struct cpu_view view, float *derivative)
 {
     const struct fa_params *p = plan->p;
     const struct fa_cpu_ops *ops = plan->ops;
+    const int64_t n = fa_pad(view.count, ops->pad);
     if (p->softcap > 0)
-        ops->softcap(s, count, n, (float)(p->scale / p->softcap), (float)p->softcap, derivative);
+        ops->softcap(s, m, n, (float)(p->scale / p->softcap), (float)p->softcap, derivative);
     else if (plan->scale_first)
-        ops->scale(s, count, n, (float)p->scale);
-    for (int64_t r = row; r < row + count; r++, s.ptr += s.row) {
-        if (p->alibi)
-            ops->alibi_row(s.ptr, n, p->alibi[rows->b * p->alibi_stride_b + rows->head[r]],
-                           (float)(rows->i[r] + rows->seq.sk - rows->seq.sq - j0));
-        const int64_t first = rows->keys[r].first - j0, last = rows->keys[r].last - j0;
+        ops->scale(s, m, n, (float)p->scale);
+    for (int64_t r = row; p->alibi && r < row + m; r++)
+        ops->alibi_row(s.ptr + (r - row) * s.row, n, p->alibi[rows->b * p->alibi_stride_b + rows->head[r]],
+                       (float)(rows->i[r] + rows->seq.sk - rows->seq.sq - j0));
+    if (p->bias.ptr) fa_cpu_add_bias(plan, rows, row, m, s, j0, view.count);
+    if (view.masked) fa_cpu_apply_mask(plan, rows, row, m, s, j0, view.count);
+    for (int64_t r = row; r < row + m; r++, s.ptr += s.row) {
+        const int64_t first = rows->keys[r].first - j0, seen = rows->keys[r].last - j0;
+        const int64_t last = seen < view.count ? seen : view.count;
         if (first > 0) hide(s.ptr, 0, first < n ? first : n);
         if (last < n) hide(s.ptr, last > 0 ? last : 0, n);
     }

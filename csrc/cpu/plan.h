@@ -12,7 +12,7 @@
 #define FA_LN2   0.6931471805599453
 
 enum {
-    MOST_ROWS = 256,    /* of a block */
+    MOST_ROWS = 256, MOST_KEYS = 512,   /* of a block */
     KEY_ALIGN = 64,     /* key blocks start at multiples of this: of any panel and of a dropout piece */
 };
 
@@ -32,6 +32,7 @@ struct cpu_plan {
     int64_t d_right, dv_right;          /* those of load_right's operands */
     float exponent_scale;               /* P = exp2(exponent_scale (score - ...)) */
     bool scale_first;                   /* scores are multiplied by `scale` before anything else */
+    float bias_factor;                  /* or as the bias is added: by this */
     uint64_t seed, offset;              /* dropout */
     int keep256;
     struct cpu_sums *before;            /* (b,) sums over the sequences before each */
@@ -82,11 +83,20 @@ static inline void *fa_cpu_row_at(const struct cpu_plan *plan, const struct cpu_
     return (char *)t->ptr + fa_offset(t, rows->b, rows->seq.q0, rows->i[r], rows->head[r]) * (int64_t)fa_sizeof(plan->p->dtype);
 }
 
-/* Every change of a score between Q K^T and the softmax, in the order of DESIGN's equations: scale, softcap, ALiBi, then
- * -inf for each key that its row does not see. Rows of s are `count` of the block from `row` on, columns are
- * keys j0 .. j0 + n. `derivative` (softcap only) is optional. */
-void fa_cpu_modify_scores(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t count,
-                          struct fa_result s, int64_t j0, int64_t n, float *derivative);
+/* What mask and bias let see of the keys j0 .. j0 + count: none of the block's rows `row` .. `row + m` sees those after the first
+ * `count`; `masked`: not every row sees all of these. */
+struct cpu_view { int64_t count; bool masked; };
+struct cpu_view fa_cpu_view(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, int64_t j0, int64_t count);
+
+/* Every change of a score between Q K^T and the softmax, in the order of DESIGN's equations: scale, softcap, ALiBi, bias,
+ * then -inf for each key that its row does not see. Rows of s are `row` .. `row + m` of the block, columns are the keys
+ * j0 .. j0 + view.count, padded to n. `derivative` (softcap only) is optional. */
+void fa_cpu_modify_scores(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, struct fa_result s,
+                          int64_t j0, struct cpu_view view, float *derivative);
+void fa_cpu_add_bias(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, struct fa_result s,
+                     int64_t j0, int64_t count);
+void fa_cpu_apply_mask(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, struct fa_result s,
+                       int64_t j0, int64_t count);
 /* z, laid out as S, <- 0 or 256 / keep256. j0 is a multiple of KEY_ALIGN. */
 void fa_cpu_dropout_mask(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t count,
                          float *z, int64_t ld, int64_t j0, int64_t n);
