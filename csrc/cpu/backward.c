@@ -232,7 +232,7 @@ static void tile(const struct backward *job, const struct scratch *t, const stru
     }
     float row_sums[MOST_ROWS];
     fa_cpu_add_tile(&job->dbias, rows, item, block, ds, count);
-    fa_cpu_sum_rows(&job->dbias, rows, ds, n, row_sums);
+    fa_cpu_sum_rows(&job->dbias, rows, ds, count, row_sums);
     if (takes_derivative_last(job, t)) ops->multiply(ds, m, n, t->derivative);
     ops->sum_rows(sums_of(plan, t->dv, dv), (struct fa_left){ t->to.p, ld }, from.dout_sum, count, plan->dv_pad, m);
     ops->sum_rows(sums_of(plan, t->dk, d), (struct fa_left){ t->to.ds_sum, ld }, from.q_sum, count, plan->d_pad, m);

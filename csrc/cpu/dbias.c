@@ -9,7 +9,7 @@
  *
  * The last two are then summed over b, h and q, in double. A tile costs one pass over dS, where working out S and dP again
  * for a pass of its own would cost two of backward's five products. */
-#define _DEFAULT_SOURCE
+#define _DEFAULT_SOURCE 1
 #include <string.h>
 #ifdef __linux__
 #include <sys/mman.h>
@@ -152,9 +152,14 @@ void fa_cpu_add_tile(const struct cpu_dbias *g, const struct cpu_rows *rows, con
     if (g->turns && !g->by_item) fa_advance(turn_of(g, item, block));
 }
 
-void fa_cpu_sum_rows(const struct cpu_dbias *g, const struct cpu_rows *rows, struct fa_result ds, int64_t n, float *sums)
+void fa_cpu_sum_rows(const struct cpu_dbias *g, const struct cpu_rows *rows, struct fa_result ds, int64_t count, float *sums)
 {
-    for (int64_t r = 0; r < rows->count && g->kind == DBIAS_ROWS; r++) sums[r] = g->plan->ops->sum(ds.ptr + r * ds.row, n);
+    const int64_t whole = count / 16 * 16;                      /* what lies after the tile may be NaN */
+    for (int64_t r = 0; r < rows->count && g->kind == DBIAS_ROWS; r++) {
+        const float *row = ds.ptr + r * ds.row;
+        sums[r] = g->plan->ops->sum(row, whole);
+        for (int64_t j = whole; j < count; j++) sums[r] += row[j];
+    }
 }
 
 void fa_cpu_add_row_sums(const struct cpu_dbias *g, const struct cpu_rows *rows, const float *sums)

@@ -27,7 +27,7 @@ void fa_cpu_finish_dbias(const struct cpu_dbias *g);
 void fa_cpu_add_tile(const struct cpu_dbias *g, const struct cpu_rows *rows, const struct cpu_item *item, int64_t block,
                      struct fa_result ds, int64_t count);
 /* The same for DBIAS_ROWS in two steps: sums (rows,) of a tile, added in the turn of dq. */
-void fa_cpu_sum_rows(const struct cpu_dbias *g, const struct cpu_rows *rows, struct fa_result ds, int64_t n, float *sums);
+void fa_cpu_sum_rows(const struct cpu_dbias *g, const struct cpu_rows *rows, struct fa_result ds, int64_t count, float *sums);
 void fa_cpu_add_row_sums(const struct cpu_dbias *g, const struct cpu_rows *rows, const float *sums);
 /* The item has added all its tiles. */
 void fa_cpu_end_item(const struct cpu_dbias *g, const struct cpu_item *item);

@@ -233,8 +233,8 @@ static void check_softmax_backward(const struct fa_cpu_ops *ops)
     for (int variant = 0; variant < 8; variant++) {
         const int64_t rows = variant & 4 ? 77 : M;
         float *x = copy_floats(s, M * N), *g = copy_floats(dp, M * N);
-        struct fa_gradients t = { x, g, g };
-        if (ops->element != 4) t = (struct fa_gradients){ operand(ops, M * N), operand(ops, M * N), operand(ops, M * N) };
+        struct fa_gradients t = { x, g, g, variant & 2 };
+        if (ops->element != 4) t = (struct fa_gradients){ operand(ops, M * N), operand(ops, M * N), operand(ops, M * N), variant & 2 };
         ops->softmax_backward((struct fa_result){ x, N }, (struct fa_result){ g, N }, rows, N, scale, lse, delta,
                               variant & 1 ? z : NULL, variant & 2 ? d : NULL, t);
         for (int64_t r = 0; r < (ops->element == 2 ? M : rows); r++)
@@ -249,8 +249,8 @@ static void check_softmax_backward(const struct fa_cpu_ops *ops)
         if (ops->element != 4) free(t.p), free(t.ds), free(t.ds_sum);
         free(x); free(g);
     }
-    struct fa_gradients t = { s, dp, dp };
-    if (ops->element != 4) t = (struct fa_gradients){ operand(ops, M * N), operand(ops, M * N), operand(ops, M * N) };
+    struct fa_gradients t = { s, dp, dp, false };
+    if (ops->element != 4) t = (struct fa_gradients){ operand(ops, M * N), operand(ops, M * N), operand(ops, M * N), false };
     const double seconds = SECONDS(ops->softmax_backward((struct fa_result){ s, N }, (struct fa_result){ dp, N }, 32, N, scale, lse, delta,
                                                          NULL, NULL, t));
     report("softmax_backward", ops->isa, worst, precision(ops), 32 * N / seconds, "Gscore/s");
@@ -277,6 +277,37 @@ static void check_score_rows(const struct fa_cpu_ops *ops)
     for (int64_t j = 0; j < N; j++) worst = fmax(worst, fabs(t[j] - (s[j] - 0.3f * fabs(77.0 - (double)j))));
     report("alibi", ops->isa, worst, 1e-5, 0, NULL);
     free(s); free(t); free(derivative);
+}
+
+/* A bias against plain C in double, a mask bit for bit; both with a tail, and nothing written beyond it. */
+static void check_bias_and_mask(const struct fa_cpu_ops *ops)
+{
+    enum { ROWS = 7, COUNT = 77, PADDED = 80 };
+    float *s = random_floats(ROWS * N, -9, 9), *bias = random_floats(ROWS * N, -3, 3);
+    uint8_t stored[4 * ROWS * N], mask[ROWS * N];
+    double worst = 0, wrong = 0;
+    bias[5] = -INFINITY;
+    for (int i = 0; i < ROWS * N; i++) mask[i] = (uint8_t)(between(0, 2) ? between(1, 255) : 0);
+    for (enum fa_dtype dtype = FA_FLOAT32; dtype <= FA_BFLOAT16; dtype++)
+        for (int64_t stride = 0; stride <= N; stride += N) {
+            float *t = copy_floats(s, ROWS * N), *u = copy_floats(s, ROWS * N);
+            for (int i = 0; i < ROWS * N; i++) fa_store(dtype, stored, i, bias[i]);
+            ops->add_bias((struct fa_result){ t, N }, ROWS, COUNT, -0.7f, stored, dtype, stride);
+            ops->apply_mask((struct fa_result){ u, N }, ROWS, COUNT, mask, stride);
+            for (int64_t r = 0; r < ROWS; r++)
+                for (int64_t j = 0; j < COUNT; j++) {
+                    const float x = s[r * N + j], sum = (float)(-0.7f * (double)x + fa_load(dtype, stored, r * stride + j));
+                    worst = fmax(worst, difference(&t[r * N + j], &sum, 1));
+                    wrong += u[r * N + j] != (mask[r * stride + j] ? x : -INFINITY);
+                }
+            for (int64_t r = 0; r < ROWS; r++) wrong += memcmp(t + r * N + PADDED, s + r * N + PADDED, (N - PADDED) * sizeof *s) != 0;
+            free(t); free(u);
+        }
+    float *big = random_floats(M * N, -3, 3);
+    uint8_t *seen = (uint8_t *)big;
+    report("add_bias", ops->isa, worst, 1e-6, M * N / SECONDS(ops->add_bias((struct fa_result){ big, N }, M, N, 1, bias, FA_BFLOAT16, 0)), "Gscore/s");
+    report("apply_mask", ops->isa, wrong, 0, M * N / SECONDS(ops->apply_mask((struct fa_result){ big, N }, M, N, seen, 0)), "Gscore/s");
+    free(s); free(bias); free(big);
 }
 
 static void check_conversions(const struct fa_cpu_ops *ops)
@@ -324,10 +355,10 @@ static void check_dropout(const struct fa_cpu_ops *ops)
 
 /* ------------------------------------------------------------------------------------------------ whole calls */
 
-struct call { struct fa_params p; char *memory[9]; int64_t size[9]; int64_t rng[2]; float slopes[8]; };
-
-enum { LSE = 8 };       /* which is always fp32 */
-static enum fa_dtype dtype_in(const struct call *c, int which) { return which == LSE ? FA_FLOAT32 : c->p.dtype; }
+/* Tensors 0 to 3 and BIAS are given, 4 to DBIAS are results; from LSE on they are fp32. */
+enum { LSE = 8, DBIAS, BIAS, TENSORS };
+struct call { struct fa_params p; char *memory[TENSORS]; int64_t size[TENSORS]; uint8_t *mask; int64_t rng[2]; float slopes[8]; };
+static enum fa_dtype dtype_in(const struct call *c, int which) { return which >= LSE ? FA_FLOAT32 : c->p.dtype; }
 
 static struct fa_tensor tensor(struct call *c, int which, int64_t s, int64_t h, int64_t d)
 {
@@ -335,6 +366,39 @@ static struct fa_tensor tensor(struct call *c, int which, int64_t s, int64_t h, 
     c->memory[which] = aligned_alloc(64, (size_t)fa_pad(4 * c->size[which] + 64, 64));
     for (int64_t i = 0; i < c->size[which]; i++) fa_store(dtype_in(c, which), c->memory[which], i, uniform(-1.5f, 1.5f));
     return (struct fa_tensor){ c->memory[which], s * h * d, h * d, d };
+}
+
+/* Varies along some indices at random; returns its number of elements. */
+static int64_t random_scores(const struct fa_params *p, struct fa_scores *t)
+{
+    int64_t size = 1, *const strides[] = { &t->stride_k, &t->stride_q, &t->stride_h, &t->stride_b };
+    const int64_t sizes[] = { p->sk, p->sq, p->h, p->b };
+    for (int n = 0; n < 4; n++) {
+        const bool varies = sizes[n] > 1 && between(0, 2);
+        *strides[n] = varies ? size : 0;
+        if (varies) size *= sizes[n];
+    }
+    return size;
+}
+
+/* Hides single keys, and stretches that are longer than a tile. */
+static void random_bias_and_mask(struct call *c)
+{
+    struct fa_params *p = &c->p;
+    if (between(0, 1)) {
+        c->size[BIAS] = c->size[DBIAS] = random_scores(p, &p->bias);
+        for (int i = DBIAS; i <= BIAS; i++) c->memory[i] = (char *)random_floats(c->size[i], -2, 2);
+        p->bias.ptr = c->memory[BIAS];
+        p->dbias = p->bias;
+        p->dbias.ptr = c->memory[DBIAS];
+        for (int64_t n = between(0, 1) ? c->size[BIAS] / 3 : 0; n > 0; n--) ((float *)p->bias.ptr)[between(0, c->size[BIAS] - 1)] = -INFINITY;
+    }
+    if (between(0, 1)) {
+        const int64_t size = random_scores(p, &p->mask), hidden = between(0, size);
+        p->mask.ptr = c->mask = malloc((size_t)size);
+        for (int64_t i = 0; i < size; i++) c->mask[i] = between(0, 5) > 0;
+        memset(c->mask + between(0, size - hidden), 0, (size_t)hidden);
+    }
 }
 
 static struct call random_call(enum fa_dtype dtype)
@@ -358,6 +422,7 @@ static struct call random_call(enum fa_dtype dtype)
     p->dq = tensor(&c, 5, p->sq, p->h, p->d), p->dk = tensor(&c, 6, p->sk, p->hk, p->d), p->dv = tensor(&c, 7, p->sk, p->hk, p->d_v);
     p->lse = tensor(&c, 8, p->sq, p->h, 1);
     p->lse.stride_b = p->h * p->sq, p->lse.stride_s = 1, p->lse.stride_h = p->sq;
+    random_bias_and_mask(&c);
     return c;
 }
 
@@ -385,10 +450,12 @@ static float *values_of(const struct call *c, int which)
     return x;
 }
 
-/* bfloat16 errors relative to the largest value of their tensor; a wrong element is of that size. */
-static double largest(const float *x, int64_t n)
+/* What bfloat16's errors are measured by: the largest value of their tensor. The terms of dS cancel along a row, so where an
+ * element of dbias sums whole rows, it is their number. */
+static double unit_of(const struct call *c, int which, const float *x)
 {
-    double most = 1e-3;
+    const int64_t n = c->size[which], rows = c->p.b * c->p.h * c->p.sq;
+    double most = which == DBIAS && c->p.dbias.stride_k == 0 ? (double)rows / (double)n : 1e-3;
     for (int64_t i = 0; i < n; i++)
         if (isfinite(x[i])) most = fmax(most, fabs((double)x[i]));
     return most;
@@ -405,27 +472,29 @@ static void check_calls(const char *isa, enum fa_dtype dtype, double bound, int 
         setenv("FLASH_ATTN_KERNEL", "reference", 1);
         run(&c.p, FA_FORWARD);
         run(&c.p, FA_BACKWARD);
-        float *expected[9];
-        for (int i = 4; i < 9; i++) {
+        float *expected[BIAS] = {0};
+        for (int i = 4; i < BIAS && c.memory[i]; i++) {
             expected[i] = values_of(&c, i);
             memset(c.memory[i], 0xff, (size_t)c.size[i] * fa_sizeof(dtype_in(&c, i)));      /* poison the outputs */
         }
         setenv("FLASH_ATTN_KERNEL", "cpu", 1);
         run(&c.p, FA_FORWARD);
         run(&c.p, FA_BACKWARD);
-        for (int i = 4; i < 9; i++) {
+        for (int i = 4; i < BIAS && c.memory[i]; i++) {
             float *ours = values_of(&c, i);
-            const double unit = dtype == FA_BFLOAT16 ? largest(expected[i], c.size[i]) : 1;
+            const double unit = dtype == FA_BFLOAT16 ? unit_of(&c, i, expected[i]) : 1;
             const double gap = difference(ours, expected[i], c.size[i]) / unit;
             if (!(gap <= bound))
-                printf("  tensor %d differs by %.1e: b %d h %d/%d s %d %d d %d %d scale %g softcap %g window %d %d alibi %d dropout %g\n",
+                printf("  tensor %d differs by %.1e: b %d h %d/%d s %d %d d %d %d scale %g softcap %g window %d %d alibi %d dropout %g bias %d mask %d\n",
                        i, gap, (int)c.p.b, (int)c.p.h, (int)c.p.hk, (int)c.p.sq, (int)c.p.sk, (int)c.p.d, (int)c.p.d_v, c.p.scale,
-                       c.p.softcap, (int)c.p.window_left, (int)c.p.window_right, c.p.alibi != NULL, c.p.dropout_p);
+                       c.p.softcap, (int)c.p.window_left, (int)c.p.window_right, c.p.alibi != NULL, c.p.dropout_p,
+                       c.p.bias.ptr != NULL, c.p.mask.ptr != NULL);
             worst = fmax(worst, gap);
             free(ours);
             free(expected[i]);
         }
-        for (int i = 0; i < 9; i++) free(c.memory[i]);
+        for (int i = 0; i < TENSORS; i++) free(c.memory[i]);
+        free(c.mask);
     }
     report(dtype == FA_BFLOAT16 ? "calls in bfloat16" : "calls in fp32", isa, worst, bound, 0, NULL);
 }
@@ -448,6 +517,7 @@ int main(int count, char **arguments)
         check_softmax_backward(ops);
         if (ops->leave) ops->leave();
         check_score_rows(ops);
+        check_bias_and_mask(ops);
         check_conversions(ops);
         check_dropout(ops);
         if (ops->element == 4) check_calls(ops->isa, FA_FLOAT32, 1e-4, trials);
