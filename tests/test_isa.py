@@ -18,8 +18,6 @@ PROBLEMS = [
     dict(bias="hq", sq=35, sk=97, softcap=3.0, h=4, hk=2), dict(bias="", mask="h", bias_dtype=torch.float16),
     dict(seqlens_q=(3, 0, 113), seqlens_k=(59, 7, 100), tail=5, causal=True),
     dict(seqused_k=(1, 63), softcap=5.0, alibi="head", dropout_p=0.1, window=(50, 9)),
-    dict(bias="hqk", bias_hides=True, sq=150, sk=270, d=40), dict(mask="bk", h=4, hk=2, sq=37, sk=300, causal=True),
-    dict(bias="qk", mask="bhqk", softcap=3.0, h=4, hk=2, sq=140, sk=70), dict(bias="bhk", dropout_p=0.2, sq=33, sk=129),
 ]
 
 
