@@ -3,7 +3,7 @@
 #   make train       a tiny GPT-2 learns this machine's Python library for two minutes, through our kernels
 #   make test        the tests, on the installed package
 #   make bench       CPU benchmark: ours, torch's and standard attention
-#   make checkasm    the C kernels of each instruction set against the reference, without Python
+#   make checkasm    the C kernels of each instruction set against the reference, without Python; AMX also emulated
 #   make sanitize    the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make gpu-test    the tests on the GPU; SHARD=2/4 runs a quarter of them, make gpu-report merges the reports
 #   make gpu-sanitize  compute-sanitizer's four tools over every kernel; SHARD as above
@@ -33,18 +33,22 @@ bench: $(VENV)/built
 
 build: $(VENV)/built
 
-checkasm: build/check_cpu
+checkasm: build/check_cpu build/check_amx
 	build/check_cpu
+	build/check_amx 10 amx
 
-build/check_cpu: tests/check/check_cpu.c $(wildcard csrc/*.h csrc/c*/*.[ch])
+# AMX in plain C, whatever the CPU: its results count, its speed does not.
+build/check_amx: EMULATION := -include tests/check/amx_emulation.h
+build/check_cpu build/check_amx: tests/check/check_cpu.c tests/check/amx_emulation.h $(wildcard csrc/*.h csrc/c*/*.[ch])
 	mkdir -p build
-	$(CC) -O3 -std=gnu11 -Wall -Wextra -ffp-contract=off $(CHECKFLAGS) -o $@ $(filter csrc/common/%.c csrc/cpu/%.c %/check_cpu.c,$^) -lm
+	$(CC) -O3 -std=gnu11 -Wall -Wextra -ffp-contract=off $(EMULATION) $(CHECKFLAGS) -o $@ $(filter csrc/common/%.c csrc/cpu/%.c %/check_cpu.c,$^) -lm
 
 # The checker, then the extension of a build of its own. PyTorch is not instrumented, so its allocator's leaks are not ours.
 sanitize: $(VENV)/installed
-	$(MAKE) -B build/check_cpu CHECKFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover"
+	$(MAKE) -B build/check_cpu build/check_amx CHECKFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover"
 	build/check_cpu 10
-	rm -f build/check_cpu
+	build/check_amx 10 amx
+	rm -f build/check_cpu build/check_amx
 	FLASH_ATTN_CUDA=0 FLASH_ATTN_SANITIZE=1 $(BIN)/python setup.py -q build_ext --inplace --force
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    PYTHONPATH=. $(BIN)/python -m pytest -q tests --ignore tests/test_gpt2.py --ignore tests/test_build.py --ignore tests/test_package.py
