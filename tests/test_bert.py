@@ -95,7 +95,7 @@ def test_padding_and_back_keeps_values_and_gradients(device):
         assert torch.equal(row[:length], part) and not row[length:].any()
     assert torch.equal(sequences.unpad(padded), x)
     assert sequences.positions.tolist() == [i for length in LENGTHS for i in range(length)]
-    assert sequences.visible().sum(-1).flatten().tolist() == LENGTHS
+    assert sequences.visible.sum(-1).flatten().tolist() == LENGTHS
     weights = torch.randn_like(x)
     (sequences.unpad(padded.exp()) * weights).sum().backward()
     torch.testing.assert_close(x.grad, (x.exp() * weights).detach())

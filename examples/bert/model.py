@@ -3,12 +3,13 @@
 Devlin et al. 2018: post-layer-norm blocks, learned positions and segments, GELU, and a head that predicts masked
 tokens with the matrix that reads them. The T tokens of B sequences stand in a row, one sequence after the other.
 With flash attention they stay so through the whole model. The other attentions need a rectangle: the model pads
-what it reads to B sequences of S tokens, S the longest of the batch, and takes the tokens out again at the end.
+what it reads to B sequences of S tokens, the longest of the batch, and takes the tokens out again at the end.
 
 Shapes at the right: (..., C) is (T, C) or (B, S, C); H heads of D channels, C = H * D; M masked tokens, V ids.
 """
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,7 @@ class Sequences:
     def unpad(self, x):                                         # (B, S, ...) to (T, ...)
         return x.flatten(0, 1).index_select(0, self.places)
 
+    @cached_property
     def visible(self):                                          # (B, 1, 1, S): True where there is a key
         keys = torch.arange(self.longest, device=self.lengths.device)
         return (keys < self.lengths[:, None])[:, None, None]
@@ -67,13 +69,13 @@ def flash_attention(qkv, sequences, dropout):                   # (T, 3, H, D)
 def standard_attention(qkv, sequences, dropout):                # (B, S, 3, H, D)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # (B, H, S, D) each
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])   # (B, H, S, S): never stored by flash
-    probabilities = scores.masked_fill(~sequences.visible(), -torch.inf).softmax(-1)
+    probabilities = scores.masked_fill(~sequences.visible, -torch.inf).softmax(-1)
     return (F.dropout(probabilities, dropout) @ v).transpose(1, 2)
 
 
 def sdpa_attention(qkv, sequences, dropout):
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v, sequences.visible(), dropout).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, sequences.visible, dropout).transpose(1, 2)
 
 
 ATTENTION = {"flash": flash_attention, "standard": standard_attention, "sdpa": sdpa_attention}
@@ -152,9 +154,11 @@ class BERT(nn.Module):
 
     def encode(self, ids, segments, cu_seqlens, longest):       # (T,), (T,), (B + 1,) int32, S
         """The last hidden states (T, C). A token sees its own sequence, and nothing is read or written twice."""
+        padded = self.config.attention != "flash"
+        if padded:
+            longest += -longest % 8                             # GPUs are slow at other shapes
         sequences = Sequences(cu_seqlens, longest, len(ids))
         inputs = ids, segments, sequences.positions
-        padded = self.config.attention != "flash"
         if padded:
             inputs = map(sequences.pad, inputs)                 # (B, S) each
         ids, segments, positions = inputs
