@@ -274,7 +274,7 @@ def test_vocab_txt_gives_its_own_ids(tmp_path):
     path.write_text("a\nb\n")
     with pytest.raises(SystemExit, match="no \\[PAD\\]"):
         WordPiece.read(path)
-    with pytest.raises(SystemExit, match="wordpiece:8192"):
+    with pytest.raises(SystemExit, match="wordpiece:2048"):
         WordPiece.read(tmp_path / "nowhere")
 
 

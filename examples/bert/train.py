@@ -18,7 +18,7 @@ from bert.model import ATTENTION, BERT, PRESETS, Config
 from data import vocabulary
 
 RECIPES = {             # what a preset is trained with unless the command line says otherwise
-    "tiny":  dict(batch=16, context=128, lr=2e-3, warmup=40, minutes=2.0, eval_every=50),
+    "tiny":  dict(batch=16, context=128, lr=2e-3, warmup=100, minutes=2.0, eval_every=100),
     "base":  dict(batch=32, context=512, lr=1e-4, warmup=10_000, steps=1_000_000, accumulate=8, dropout=0.1),
     "large": dict(batch=16, context=512, lr=1e-4, warmup=10_000, steps=1_000_000, accumulate=16, dropout=0.1),
 }
@@ -97,10 +97,10 @@ def load_data(folder, context):
     """(tokens, meta) of a folder that BERT can train on."""
     if context <= ENDS:
         sys.exit(f"error: --context {context} leaves no room for text beside [CLS] and [SEP]: give 128, say")
-    tokens, meta = training.load_tokens(folder, context, "--vocab wordpiece:4096")
+    tokens, meta = training.load_tokens(folder, context, "--vocab wordpiece:2048")
     if "[MASK]" not in meta.get("marks", {}):
         sys.exit(f"error: {folder} is written in the vocabulary {meta['vocabulary']}, which has no [MASK]: write "
-                 f"another with: python examples/data/prepare.py text --vocab wordpiece:4096 --out {folder}-wordpiece")
+                 f"another with: python examples/data/prepare.py text --vocab wordpiece:2048 --out {folder}-wordpiece")
     return tokens, meta
 
 

@@ -3,7 +3,7 @@
     prepare.py text --out data/stdlib                        # text that comes with every Python
     prepare.py text --source my/notes --out data/notes       # a file, or every text file below a folder
     prepare.py text --dataset Salesforce/wikitext:wikitext-103-raw-v1 --out data/wikitext
-    prepare.py text --vocab wordpiece:4096 --out data/stdlib-wordpiece           # for BERT
+    prepare.py text --vocab wordpiece:2048 --out data/stdlib-wordpiece           # for BERT
 
 Writes train.bin and val.bin (uint16 ids, each document followed by the end-of-text id), the vocabulary and,
 last, meta.json: a folder that has it is complete. The split is by document: no validation text has been seen.

@@ -136,7 +136,7 @@ class WordPiece:
             words = Path(path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             sys.exit(f"error: no vocabulary at {path} ({error}): name a vocab.txt, or train a vocabulary "
-                     f"with --vocab wordpiece:8192")
+                     f"with --vocab wordpiece:2048")
         ids = {word: i for i, word in enumerate(words)}
         if missing := [mark for mark in cls.MARKS if mark not in ids]:
             sys.exit(f"error: {path} has no {', '.join(missing)}: it is not the vocab.txt of a BERT")
