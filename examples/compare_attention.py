@@ -3,11 +3,11 @@
     compare_attention.py gpt2 --data data/stdlib
     compare_attention.py bert --data data/stdlib-wordpiece
 
-Without dropout the two compute one function: the losses of a step may differ by rounding only, for BERT also
-where one of them computes on padding. With dropout they drop different elements: the validation losses at the
-end, averaged over three seeds, have to agree within two standard errors. Writes
-benchmarks/results/<model>-flash-vs-standard.json and .png; ends with exit code 1 if a bar is missed. Where the
-learning rate is so high that the loss jumps, rounding grows as large as the jumps, with any two
+Without dropout the two compute one function: the losses of a step may differ by rounding only, for BERT
+also where one of them computes on padding. With dropout they drop different elements: the validation
+losses at the end, averaged over three seeds, have to agree within two standard errors. Writes
+benchmarks/results/<model>-flash-vs-standard.json and .png; ends with exit code 1 if a bar is missed.
+Where the learning rate is so high that the loss jumps, rounding grows as large as the jumps, with any two
 implementations: --lr stays below that.
 """
 import argparse

@@ -1,12 +1,14 @@
-"""Trains the examples' models with each attention for some steps and says how fast, side by side, on one machine.
+"""Trains the examples' models with each attention for some steps, and says how fast, side by side, on one
+machine.
 
-    throughput.py gpt2:small gpt2:medium bert:base --gpt2-data data/gpt2 --bert-data data/bert --dtype bfloat16
+    throughput.py gpt2:small gpt2:medium bert:base --gpt2-data data/gpt2 --bert-data data/bert
 
-A case is a model and its preset. Everything is timed that a training step of gpt2/train.py or bert/train.py does, drawing
-the data and the optimiser included; compilation is not used. BERT with flash attention sees no padding; with the others
-every batch is padded to its longest sequence. All attentions of a case see the same data, and their losses are kept: they
-have to fall together. Where a batch does not fit the GPU's memory, its halves are accumulated until it does, and the table
-says so; such a run then draws its data in other pieces.
+A case is a model and its preset. All is timed that a training step of gpt2/train.py or bert/train.py
+does, drawing the data and the optimiser included; compilation is not used. BERT with flash attention sees
+no padding; with the others every batch is padded to its longest sequence. All attentions of a case see
+the same data, and their losses are kept: they have to fall together. Where a batch does not fit the GPU's
+memory, its halves are accumulated until it does, and the table says so; such a run then draws its data in
+other pieces.
 
 Writes benchmarks/results/training-<machine>.json and .png, or --out.
 """
@@ -37,29 +39,29 @@ UNTIMED = 3                                     # first steps: memory pools fill
 def case(text):
     model, _, preset = text.partition(":")
     if model not in MODELS or preset not in MODELS[model].PRESETS:
-        wanted = ", ".join(f"{model}:{preset}" for model, module in MODELS.items() for preset in module.PRESETS)
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {wanted}")
+        known = (f"{name}:{preset}" for name, module in MODELS.items() for preset in module.PRESETS)
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(known)}")
     return model, preset
 
 
 def train(arguments, model, preset, attention, batch, accumulate):
     """The cell of one run, and its losses."""
     words = {"--preset": preset, "--attention": attention, "--batch": batch, "--accumulate": accumulate,
-             "--data": getattr(arguments, f"{model}_data"), "--device": arguments.device, "--dtype": arguments.dtype,
-             "--dropout": arguments.dropout, "--steps": arguments.steps, "--lr": arguments.lr,
-             "--warmup": arguments.steps // 3, "--out": arguments.out / "unwritten"}
+             "--data": getattr(arguments, f"{model}_data"), "--device": arguments.device,
+             "--dtype": arguments.dtype, "--dropout": arguments.dropout, "--steps": arguments.steps,
+             "--lr": arguments.lr, "--warmup": arguments.steps // 3, "--out": arguments.out / "unwritten"}
     if arguments.context:
         words["--context"] = arguments.context
     run, _ = MODELS[model].setup([str(word) for pair in words.items() for word in pair])
     ends, records = [], []
     for _ in range(arguments.steps):
-        records.append(run.optimise())          # ends with a loss on the host, so after all work before it
+        records.append(run.optimise())      # has the loss on the host, so ends after the work before it
         ends.append(time.perf_counter())
     seconds = statistics.median(stop - start for start, stop in zip(ends[UNTIMED:], ends[UNTIMED + 1:]))
     tokens = statistics.fmean(record["tokens"] for record in records)
     memory = torch.cuda.max_memory_allocated() if arguments.device == "cuda" else None
-    cell = {"model": model, "preset": preset, "attention": attention, "batch": batch, "accumulate": accumulate,
-            "context": run.model.config.context, "ms_per_step": 1e3 * seconds,
+    cell = {"model": model, "preset": preset, "attention": attention, "batch": batch,
+            "accumulate": accumulate, "context": run.model.config.context, "ms_per_step": 1e3 * seconds,
             "tokens_per_s": round(tokens / seconds), "sequences_per_s": batch * accumulate / seconds,
             "tokens_per_step": round(tokens), "peak_gb": memory and memory * 1e-9}
     return cell, [record["loss"] for record in records]
@@ -101,7 +103,8 @@ def plot(cells, losses, title, path):
     from matplotlib import pyplot as plt
 
     cases = list(harness.grouped(cells, "model", "preset").items())
-    figure, panels = plt.subplots(1, len(cases), figsize=(5.5 * len(cases), 4.2), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(1, len(cases), figsize=(5.5 * len(cases), 4.2), layout="constrained",
+                                  squeeze=False)
     for axes, ((model, preset), group) in zip(panels[0], cases):
         for cell in group:
             name = cell["attention"]
@@ -120,14 +123,17 @@ def plot(cells, losses, title, path):
 
 
 def main(words=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="+", type=case, help="model:preset, such as gpt2:small or bert:base")
     parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=ATTENTIONS)
     parser.add_argument("--gpt2-data", default="data/gpt2", help="folder written by examples/data/prepare.py")
     parser.add_argument("--bert-data", default="data/bert", help="such a folder with --vocab wordpiece")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"),
+                        default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--batch", type=training.positive, help="sequences a step (default: GPT-2 32, BERT 64)")
+    parser.add_argument("--batch", type=training.positive,
+                        help="sequences a step (default: GPT-2 32, BERT 64)")
     parser.add_argument("--context", type=training.positive, help="default: the preset's")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--lr", type=float, default=3e-4)
@@ -135,12 +141,12 @@ def main(words=None):
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for the JSON and the PNG")
     arguments = parser.parse_args(words)
     if arguments.steps < UNTIMED + 2:
-        parser.error(f"--steps {arguments.steps} leaves nothing to time after {UNTIMED} untimed: give 10 or more")
+        parser.error(f"--steps {arguments.steps} leaves nothing to time after {UNTIMED} untimed: give 10")
 
     cells, losses = [], {}
     print("case         attention   batch    ms/step    tokens/s  sequences/s  peak GB  over standard")
     for model, preset in arguments.cases:
-        for attention in sorted(arguments.attention, key=ATTENTIONS.index, reverse=True):   # standard first
+        for attention in sorted(arguments.attention, key=ATTENTIONS.index, reverse=True):
             cell, curve = train_if_it_fits(arguments, model, preset, attention)
             cells.append(cell)
             losses[f"{model}:{preset}:{attention}"] = curve

@@ -83,7 +83,7 @@ def parse(parser, words, recipes):
 
 def load_tokens(folder, context, options=""):
     """({"train": ids, "val": ids}, meta) of a data folder, each longer than a window of `context` tokens."""
-    way_out = " ".join(["write it with: python examples/data/prepare.py text", *options.split(), "--out", str(folder)])
+    way_out = f"write it with: python examples/data/prepare.py text {options}--out {folder}"
     try:
         meta = json.loads(Path(folder, "meta.json").read_text())
         tokens = {}

@@ -1,4 +1,4 @@
-"""What the tests of the training scripts share: one thread, short runs, logs without times, killed runs, complaints."""
+"""What the tests of the training scripts share: one thread, short runs, killed runs, logs without times."""
 import os
 import random
 import signal
@@ -38,8 +38,8 @@ def records(out):
 
 def check_resume_after_a_kill(script, arguments, folder, steps=40):
     """Kills a run at a random step, resumes it, and compares it bit for bit with one that ran through."""
-    command = [sys.executable, script, *arguments, "--steps", str(steps), "--dropout", "0.1", "--eval-every", "6",
-               "--save-every", "5", "--device", "cpu", "--out"]
+    command = [sys.executable, script, *arguments, "--device", "cpu", "--steps", str(steps),
+               "--dropout", "0.1", "--eval-every", "6", "--save-every", "5", "--out"]
     whole = subprocess.Popen([*command, str(folder / "whole")], env=ONE_THREAD, stdout=subprocess.DEVNULL)
     killed = subprocess.Popen([*command, str(folder / "killed")], env=ONE_THREAD, stdout=subprocess.DEVNULL)
     log, step = folder / "killed" / "log.jsonl", random.randrange(6, steps - 4)

@@ -41,7 +41,8 @@ def fill(model, words, text, top):
     marks = words.marks
     ids = [marks["[CLS]"], *words.tokenizer.encode(text).ids, marks["[SEP]"]]
     if marks["[MASK]"] not in ids or len(ids) > model.config.context:
-        sys.exit(f"error: the text has {len(ids)} tokens with its ends and {ids.count(marks['[MASK]'])} [MASK]: "
+        found = ids.count(marks["[MASK]"])
+        sys.exit(f"error: the text has {len(ids)} tokens with its ends and {found} [MASK]: "
                  f"give one of at most {model.config.context} with at least one [MASK]")
     ids = torch.tensor(ids)                                                                     # (T,)
     masked = (ids == marks["[MASK]"]).nonzero()[:, 0]

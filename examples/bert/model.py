@@ -1,11 +1,13 @@
 """BERT, whole and readable: the model that shows what it takes to never compute on padding.
 
-Devlin et al. 2018: post-layer-norm blocks, learned positions and segments, GELU, and a head that predicts masked
-tokens with the matrix that reads them. The T tokens of B sequences stand in a row, one sequence after the other.
-With flash attention they stay so through the whole model. The other attentions need a rectangle: the model pads
-what it reads to B sequences of S tokens, the longest of the batch, and takes the tokens out again at the end.
+Devlin et al. 2018: post-layer-norm blocks, learned positions and segments, GELU, and a head that predicts
+masked tokens with the matrix that reads them. The T tokens of B sequences stand in a row, one sequence
+after the other. With flash attention they stay so through the whole model. The other attentions need a
+rectangle: the model pads what it reads to B sequences of S tokens, the longest of the batch, and takes
+the tokens out again at the end.
 
-Shapes at the right: (..., C) is (T, C) or (B, S, C); H heads of D channels, C = H * D; M masked tokens, V ids.
+Shapes at the right: (..., C) is (T, C) or (B, S, C); H heads of D channels, C = H * D; M masked tokens, V
+ids.
 """
 import math
 from dataclasses import dataclass
@@ -153,7 +155,7 @@ class BERT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def encode(self, ids, segments, cu_seqlens, longest):       # (T,), (T,), (B + 1,) int32, S
-        """The last hidden states (T, C). A token sees its own sequence, and nothing is read or written twice."""
+        """The last hidden states (T, C); a token sees its own sequence."""
         padded = self.config.attention != "flash"
         if padded:
             longest += -longest % 8                             # GPUs are slow at other shapes

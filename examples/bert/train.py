@@ -97,10 +97,11 @@ def load_data(folder, context):
     """(tokens, meta) of a folder that BERT can train on."""
     if context <= ENDS:
         sys.exit(f"error: --context {context} leaves no room for text beside [CLS] and [SEP]: give 128, say")
-    tokens, meta = training.load_tokens(folder, context, "--vocab wordpiece:2048")
+    tokens, meta = training.load_tokens(folder, context, "--vocab wordpiece:2048 ")
     if "[MASK]" not in meta.get("marks", {}):
-        sys.exit(f"error: {folder} is written in the vocabulary {meta['vocabulary']}, which has no [MASK]: write "
-                 f"another with: python examples/data/prepare.py text --vocab wordpiece:2048 --out {folder}-wordpiece")
+        sys.exit(f"error: {folder} is written in the vocabulary {meta['vocabulary']}, which has no [MASK]: "
+                 f"write another: python examples/data/prepare.py text --vocab wordpiece:2048 "
+                 f"--out {folder}-wordpiece")
     return tokens, meta
 
 
@@ -152,8 +153,8 @@ def main(words=None):
         try:
             report(finished, meta)
         except OSError as error:
-            sys.exit(f"error: cannot write to {finished.out} ({error.strerror}): free the disk; then --resume "
-                     f"plots the loss")
+            sys.exit(f"error: cannot write to {finished.out} ({error.strerror}): free the disk; then "
+                     f"--resume plots the loss")
 
 
 if __name__ == "__main__":

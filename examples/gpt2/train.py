@@ -84,8 +84,8 @@ def main(words=None):
         try:
             report(finished, meta)
         except OSError as error:
-            sys.exit(f"error: cannot write to {finished.out} ({error.strerror}): free the disk; then --resume "
-                     f"plots the loss")
+            sys.exit(f"error: cannot write to {finished.out} ({error.strerror}): free the disk; then "
+                     f"--resume plots the loss")
 
 
 if __name__ == "__main__":

