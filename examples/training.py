@@ -9,6 +9,7 @@ The folder --out holds checkpoint.pt (replaced at once, never half written), log
 loss.png and TensorBoard's events.
 """
 import contextlib
+import gc
 import json
 import math
 import os
@@ -344,6 +345,13 @@ class Run:
             sys.exit(f"error: cannot write to {self.out} ({error.strerror}): free the disk; then {way_on}")
         except KeyboardInterrupt:
             sys.exit(f"stopped at step {self.step}; {way_on}")
+
+    def leave(self):
+        """Parts from the other processes. The replica holds on to the connection, and cycles hold the replica:
+        what is not collected before would be torn down at exit, while threads of it still run."""
+        self.replica = None
+        gc.collect()
+        self.world.leave()
 
     def advance(self, log):
         """One step, with the validation, record and checkpoint that are due after it."""

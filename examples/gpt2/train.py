@@ -57,10 +57,10 @@ def setup(words):
 
 def run(words):
     """Trains as the command line says."""
-    training_run, meta = setup(words)
-    training_run.train()
-    training_run.world.leave()
-    return training_run, meta
+    started, meta = setup(words)
+    started.train()
+    started.leave()
+    return started, meta
 
 
 def report(run, meta):
