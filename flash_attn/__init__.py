@@ -16,6 +16,7 @@ from .flash_attn_interface import (  # noqa: E402
 )
 from ._backend import ArgumentTypeError, ArgumentValueError, UnsupportedError  # noqa: E402
 from .info import info  # noqa: E402
+from . import bert_padding  # noqa: E402
 
 __all__ = [
     "flash_attn_func",
@@ -24,6 +25,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "bert_padding",
     "info",
     "ArgumentTypeError",
     "ArgumentValueError",
