@@ -41,7 +41,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     - A query that sees no key has 0 before out_proj, and weights of 0, in every mode; torch has NaN in some.
     - Dropout acts in steps of 1/256, as in flash_attn_func; with need_weights=True it is torch's own.
     - is_causal promises that attn_mask is the causal mask. As in torch it needs attn_mask, here in eval mode
-      too, and a square attn_mask is then not read. With bias_k, bias_v or add_zero_attn the mask is used and
+      too, and a square attn_mask without gradient is then not read. With bias_k, bias_v or add_zero_attn the mask is used and
       the promise is not: torch hides the added keys under it, where the mask shows them.
     - Nested tensors of both layouts work, in training too; with them there are no masks.
     - Second derivatives are computed with need_weights=True only.
@@ -69,7 +69,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         out, weights = _attend(given, self.dropout if self.training else 0.0, need_weights, masks)
         if rank == 3 and not self.batch_first:
             out = out.transpose(0, 1)
-        out = F.linear(out.reshape(query.shape), self.out_proj.weight, self.out_proj.bias)
+        out = out.reshape(-1, self.embed_dim)               # sequence first: the one copy here
+        out = F.linear(out, self.out_proj.weight, self.out_proj.bias).view(query.shape)
         if weights is not None:
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if rank == 3 else weights[0]
@@ -145,7 +146,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if attn_mask is not None:
             heads = batch * self.num_heads
             _check_mask("attn_mask", attn_mask, ((sq, sk), (heads, sq, sk)), query.device)
-            causal = is_causal and sq == sk and not added and not need_weights
+            causal = (is_causal and sq == sk and not added and not need_weights
+                      and not attn_mask.requires_grad)
             if causal:
                 attn_mask = None
             elif attn_mask.dim() == 3:
