@@ -11,7 +11,8 @@ Environment:
   CC, CFLAGS, LDFLAGS   compiler, and flags added after ours; CXX links if there are CUDA kernels
   CUDA_HOME             where CUDA lies (default: nvcc on PATH, then /usr/local/cuda)
   FLASH_ATTN_CUDA       auto (default) | 1 | 0: build the CUDA kernels if nvcc is found | or fail | never
-  FLASH_ATTN_CUDA_ARCHS machine code to make, e.g. "80;90" (default); the first is added as PTX, for newer GPUs
+  FLASH_ATTN_CUDA_ARCHS machine code to make, e.g. "80;90" (default); the first is added as PTX, for newer GPUs; 90 brings
+                        Hopper's own kernels, csrc/cuda/sm90
   FLASH_ATTN_WERROR     1: warnings are errors
   FLASH_ATTN_SANITIZE   1: AddressSanitizer and UndefinedBehaviorSanitizer; run with LD_PRELOAD=libasan.so
 """
