@@ -37,6 +37,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     const sequence seq;
     const uint32_t k_tile, v_tile, ds_tile, p_tile, stages;
     int m_first, m_last;                                            /* query tiles [first, last) */
+    uint64_t seed, offset;                                          /* of dropout: loads cannot move over the loop's barriers */
     float dv[KT][DT][4], dk[KT][DT][4];
 
     __device__ __forceinline__ backward(const fa_cuda_args &args, int batch, int kv, int n, uint32_t shared)
@@ -44,6 +45,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
           b(batch), kv_head(kv), j0(n * BLOCK_N), seq(sequence_of(args.p, batch)), k_tile(shared), v_tile(shared + KV_BYTES),
           ds_tile(shared + 2 * KV_BYTES), p_tile(ds_tile + DS_BYTES), stages(p_tile + P_BYTES)
     {
+        if (VARIANT == FA_DROPOUT) seed = a.p.rng[0], offset = a.p.rng[1];
         #pragma unroll
         for (int k = 0; k < KT; k++)
             #pragma unroll
@@ -203,7 +205,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
                 const uint32_t piece_j = (j0 + key_warp * KEYS) / 16 + k;
                 const uint32_t pieces_i[2] = { i0 / 16u + q, i0 / 16u + q + 1 }, pieces_j[2] = { piece_j, piece_j };
                 uint32_t bytes[2][2];
-                dropout_bytes(bytes, a.p.rng[0], a.p.rng[1], batch_head, pieces_i, pieces_j, lane, true);
+                dropout_bytes(bytes, seed, offset, batch_head, pieces_i, pieces_j, lane, true);
                 #pragma unroll
                 for (int x = 0; x < 4; x++) flags[k][q + x / 2][x % 2] = dropped_flags(bytes[x / 2][x % 2], a.keep256);
             }
@@ -315,13 +317,11 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
         const uint32_t q_tile = stage, dout_tile = stage + Q_BYTES, lse2_row = dout_tile + Q_BYTES + q_warp * QUERIES * 4;
         float s[KT][NT][4], dp[KT][NT][4];
         uint32_t flags[KT][NT / 2][2], left[NT / 2][KT][4];
+        if (VARIANT == FA_DROPOUT) dropout_flags(flags, head, i0);
         product(s, k_tile, q_tile);
         product(dp, v_tile, dout_tile);
         probabilities<MASKED>(s, left, head, i0, lse2_row);
-        if (VARIANT == FA_DROPOUT) {
-            dropout_flags(flags, head, i0);
-            drop(left, flags);
-        }
+        if (VARIANT == FA_DROPOUT) drop(left, flags);
         if (Q_WARPS > 1) share(p_tile, left);
         accumulate_own(dv, left, dout_tile);
         score_gradients(dp, s, flags, lse2_row + BLOCK_M * 4);
