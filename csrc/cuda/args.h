@@ -24,7 +24,7 @@ struct fa_cuda_args {
     float *partial_out;             /* (splits, rows, d_bucket): normalised */
     float *partial_lse;             /* (splits, rows): rows = sum over sequences and heads, index (b h) or (h, total) as lse */
 
-    int   padded_rows;              /* backward: rows per head (packed) or per sequence and head, see dq_layout.cuh */
+    int   row_pad, padded_rows;     /* backward: rows per head (packed) or per sequence and head, see dq_layout.cuh */
     float *dq_accum;                /* (padded rows, d_bucket) fp32, in the order of dq_layout.cuh */
     float *lse2, *delta;            /* (padded rows,); lse in powers of two, +inf where every P is 0, padding included */
     int   *turns;                   /* (padded rows / 16,), with p.deterministic: key tiles that have added to a row tile's dq */
