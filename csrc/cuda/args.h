@@ -17,6 +17,7 @@ struct fa_cuda_args {
     float exponent_scale;           /* P = exp2(exponent_scale * score - ...): score is q.k, or in natural units with a score mod */
     int   keep256;
     float kept;                     /* 256 / keep256 */
+    bool  whole_q, whole_k, whole_v, whole_dout;    /* rows aligned to 16 bytes, of d_bucket channels */
     bool  aligned_q, aligned_k, aligned_v, aligned_out, aligned_dout, aligned_dq, aligned_dk, aligned_dv;
     int   d_bucket;                 /* channels of a row of dq_accum and of partial outputs */
 

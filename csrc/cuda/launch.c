@@ -100,7 +100,7 @@ static int window_of(int64_t bound) { return bound < 0 || bound >= ROW_LIMIT ? -
 
 static struct fa_cuda_args arguments_of(const struct fa_params *p)
 {
-    const int keep256 = fa_keep256(p->dropout_p);
+    const int keep256 = fa_keep256(p->dropout_p), bucket = bucket_of(p)->channels;
     return (struct fa_cuda_args){
         .p = *p, .group = (int)(p->h / p->hk),
         .window_left = window_of(p->window_left), .window_right = window_of(p->window_right),
@@ -110,7 +110,9 @@ static struct fa_cuda_args arguments_of(const struct fa_params *p)
         .aligned_q = is_aligned(p, &p->q), .aligned_k = is_aligned(p, &p->k), .aligned_v = is_aligned(p, &p->v),
         .aligned_out = is_aligned(p, &p->out), .aligned_dout = is_aligned(p, &p->dout), .aligned_dq = is_aligned(p, &p->dq),
         .aligned_dk = is_aligned(p, &p->dk), .aligned_dv = is_aligned(p, &p->dv),
-        .d_bucket = bucket_of(p)->channels, .splits = 1,
+        .whole_q = is_aligned(p, &p->q) && p->d == bucket, .whole_k = is_aligned(p, &p->k) && p->d == bucket,
+        .whole_v = is_aligned(p, &p->v) && p->d_v == bucket, .whole_dout = is_aligned(p, &p->dout) && p->d_v == bucket,
+        .d_bucket = bucket, .splits = 1,
     };
 }
 

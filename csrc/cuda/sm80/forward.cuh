@@ -22,6 +22,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         WARPS = Tile::WARPS, THREADS = 32 * WARPS, BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, STAGES = Tile::STAGES,
         ROWS = BLOCK_M / WARPS, MT = ROWS / 16,             /* rows of a warp; 16-row pieces of them */
         NT = BLOCK_N / 8, KT = BLOCK_N / 16, DT = D / 8,    /* keys by 8 and by 16, channels by 8 */
+        AHEAD = MT == 1,                                    /* operands of S load a step ahead, where registers allow */
         ROW_BYTES = 2 * D, KV_BYTES = BLOCK_N * ROW_BYTES, Q_BYTES = BLOCK_M * ROW_BYTES,
         SHARED_BYTES = Q_BYTES + 2 * STAGES * KV_BYTES,
     };
@@ -33,6 +34,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     const sequence seq;
     const uint32_t q_tile, k_tiles, v_tiles;
     int n_first, n_last;                                    /* tiles [first, last) */
+    const uint16_t *k_at, *v_at;                            /* this thread's start in the next tile to load */
 
     uint64_t seed, offset;                                  /* of dropout: loads cannot move over the loop's barriers */
     float o[MT][DT][4];
@@ -54,19 +56,30 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         }
     }
 
-    /* Keys from tile n on. Worked out afresh for every tile: pointers kept over the loop would spill. */
-    __device__ __forceinline__ rows_of keys(const fa_tensor &t, int n, int d, bool aligned) const
+    /* Tile n of K or V, if there is one, from this thread's place in it, which moves on. Tiles come in descending order: all but the
+     * first exist whole. */
+    using whole_rows = whole_tile<D, THREADS>;
+    __device__ __forceinline__ const uint16_t *place(const fa_tensor &t, int n) const
     {
-        return { (const uint16_t *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + n * BLOCK_N) * t.stride_s + kv_head * t.stride_h, t.stride_s,
-                 seq.sk - n * BLOCK_N, d, aligned };
+        return (const uint16_t *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + n * BLOCK_N) * t.stride_s + kv_head * t.stride_h
+             + whole_rows::first(t.stride_s);
     }
-    __device__ __forceinline__ void load_k(int n)
+    template <bool FIRST>
+    __device__ __forceinline__ void load_keys(uint32_t tiles, int n, const uint16_t *&at, int64_t stride, int d, bool whole, bool aligned)
     {
-        if (n >= n_first) load_tile<BLOCK_N, D, THREADS>(k_tiles + n % STAGES * KV_BYTES, keys(a.p.k, n, (int)a.p.d, a.aligned_k));
+        if (n < n_first) return;
+        const uint32_t tile = tiles + (uint32_t)n % STAGES * KV_BYTES;
+        if (!FIRST && whole) whole_rows::template load<BLOCK_N>(tile, at, stride);
+        else load_tile<BLOCK_N, D, THREADS>(tile, { at - whole_rows::first(stride), stride, seq.sk - n * BLOCK_N, d, aligned });
+        at -= BLOCK_N * stride;
     }
-    __device__ __forceinline__ void load_v(int n)
+    template <bool FIRST> __device__ __forceinline__ void load_k(int n)
     {
-        if (n >= n_first) load_tile<BLOCK_N, D, THREADS>(v_tiles + n % STAGES * KV_BYTES, keys(a.p.v, n, (int)a.p.d_v, a.aligned_v));
+        load_keys<FIRST>(k_tiles, n, k_at, a.p.k.stride_s, (int)a.p.d, a.whole_k, a.aligned_k);
+    }
+    template <bool FIRST> __device__ __forceinline__ void load_v(int n)
+    {
+        load_keys<FIRST>(v_tiles, n, v_at, a.p.v.stride_s, (int)a.p.d_v, a.whole_v, a.aligned_v);
     }
 
     /* S (ROWS, BLOCK_N) = Q K^T */
@@ -80,21 +93,22 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
                 for (int e = 0; e < 4; e++) s[m][n][e] = 0.0f;
         const uint32_t q_at = q_tile + warp * ROWS * ROW_BYTES + lane_a<D>(lane);
         const uint32_t k_at = k_tile + lane_b<D>(lane);
+        uint32_t q[2][MT][4], keys[2][NT / 2][4];           /* operands of this step and of the next */
+        auto load = [&](int k) {
+            #pragma unroll
+            for (int m = 0; m < MT; m++) ldmatrix(q[k % 2][m], step<D>(q_at, k) + m * 16 * ROW_BYTES);
+            #pragma unroll
+            for (int n = 0; n < NT / 2; n++) ldmatrix(keys[k % 2][n], step<D>(k_at, k) + n * 16 * ROW_BYTES);
+        };
+        if (AHEAD) load(0);
         #pragma unroll
         for (int k = 0; k < D / 16; k++) {
-            uint32_t q[MT][4];
+            if (!AHEAD) load(k);
+            else if (k + 1 < D / 16) load(k + 1);
             #pragma unroll
-            for (int m = 0; m < MT; m++) ldmatrix(q[m], step<D>(q_at, k) + m * 16 * ROW_BYTES);
-            #pragma unroll
-            for (int n = 0; n < NT; n += 2) {
-                uint32_t keys[4];
-                ldmatrix(keys, step<D>(k_at, k) + n * 8 * ROW_BYTES);
+            for (int n = 0; n < NT; n++)
                 #pragma unroll
-                for (int m = 0; m < MT; m++) {
-                    mma<T>(s[m][n], q[m], keys[0], keys[1]);
-                    mma<T>(s[m][n + 1], q[m], keys[2], keys[3]);
-                }
-            }
+                for (int m = 0; m < MT; m++) mma<T>(s[m][n], q[k % 2][m], keys[k % 2][n / 2][n % 2 * 2], keys[k % 2][n / 2][n % 2 * 2 + 1]);
         }
     }
 
@@ -176,14 +190,13 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         for (int m = 0; m < MT; m++)
             #pragma unroll
             for (int half = 0; half < 2; half++) {
-                float sum = 0.0f;
                 #pragma unroll
                 for (int x = 0; x < 4; x++) {
                     float &p = s[m][2 * k + x / 2][2 * half + x % 2];
                     p = exp2_approx(fmaf(p, a.exponent_scale, -shift[m][half]));
-                    sum += p;
                 }
-                row_sum[m][half] += sum;
+                row_sum[m][half] += (s[m][2 * k][2 * half] + s[m][2 * k][2 * half + 1])
+                                  + (s[m][2 * k + 1][2 * half] + s[m][2 * k + 1][2 * half + 1]);
             }
     }
 
@@ -244,11 +257,12 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
 
     template <bool MASKED> __device__ __forceinline__ void tile(int n)
     {
-        const uint32_t k_tile = k_tiles + n % STAGES * KV_BYTES, v_tile = v_tiles + n % STAGES * KV_BYTES;
+        const uint32_t k_tile = k_tiles + (uint32_t)n % STAGES * KV_BYTES, v_tile = v_tiles + (uint32_t)n % STAGES * KV_BYTES;
         cp_async_wait<0>();
         __syncthreads();                            /* tile n (one stage: K(n)) is here for all, and all are done with tile n + 1 */
-        if (STAGES > 1) load_k(n - 1);
-        load_v(n - (STAGES - 1));
+        if (STAGES > 1) load_k<false>(n - 1), load_v<false>(n - 1);
+        else if (n == n_last - 1) load_v<true>(n);
+        else load_v<false>(n);
         cp_async_commit();
         float s[MT][NT][4], shift[MT][2];
         uint32_t dropped[MT][KT][2];
@@ -257,7 +271,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         if (STAGES == 1) {
             cp_async_wait<0>();
             __syncthreads();                        /* V(n) is here for all, and all are done with K(n) */
-            load_k(n - 1);
+            load_k<false>(n - 1);
             cp_async_commit();
         }
         if (MASKED || has_score_mod<VARIANT>(a)) modify<MASKED>(s, n * BLOCK_N);
@@ -276,8 +290,10 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         const int i_end = min(i0 + BLOCK_M, seq.sq) - 1;
         const int whole_first = (first_key(a, seq, i_end) + BLOCK_N - 1) / BLOCK_N, whole_last = max(last_key(a, seq, i0), 0) / BLOCK_N;
         load_tile<BLOCK_M, D, THREADS>(q_tile, query_rows());
-        load_k(n_last - 1);
-        if (STAGES > 1) load_v(n_last - 1);
+        k_at = place(a.p.k, n_last - 1);
+        v_at = place(a.p.v, n_last - 1);
+        load_k<true>(n_last - 1);
+        if (STAGES > 1) load_v<true>(n_last - 1);
         cp_async_commit();
         int n = n_last - 1;
         while (n >= n_first) {
