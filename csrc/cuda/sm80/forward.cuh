@@ -91,6 +91,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             for (int n = 0; n < NT; n++)
                 #pragma unroll
                 for (int e = 0; e < 4; e++) s[m][n][e] = 0.0f;
+        const int thread = thread_anew(), lane = thread & 31, warp = thread >> 5;
         const uint32_t q_at = q_tile + warp * ROWS * ROW_BYTES + lane_a<D>(lane);
         const uint32_t k_at = k_tile + lane_b<D>(lane);
         constexpr int STEPS = D / 16, PAIRS = NT / 2;
