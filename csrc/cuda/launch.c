@@ -291,6 +291,10 @@ static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_err
         fa_fail(why, FA_UNSUPPORTED, "serves float32, float16 and bfloat16; cast q, k and v, or pass CPU tensors");
         return false;
     }
+    if (p->bias.ptr || p->mask.ptr) {
+        fa_fail(why, FA_UNSUPPORTED, "takes no attn_bias or attn_mask yet; pass CPU tensors");
+        return false;
+    }
     if (check_sizes(p, why) || !(device = fa_cuda_device(p->device_index, why))) return false;
     if (device->capability < SMALLEST_CAPABILITY) {
         fa_fail(why, FA_UNSUPPORTED, "needs a GPU of compute capability 8.0 or more, cuda:%d has %d.%d; pass CPU tensors",
