@@ -1,7 +1,8 @@
 /* cuda/launch.c: the host side of the kernels for sm_80 and newer: their row of the kernel table.
  *
  *     forward     main kernel, over splits of the keys if tiles are few | combine, if split | fill, if packed | dmask
- *     backward    prepare | main kernel | convert | fill, if packed or seqused_k
+ *     backward    prepare | main kernel | convert | bias gradient | fill, if packed or seqused_k
+ *     both start with pack and flags, if there is a mask
  *
  * A call becomes a plan: the compiled kernel, its arguments, its pieces of the workspace. The plan is a pure function of
  * the call, the device and FLASH_ATTN_SMEM_KB, so that results are too. Nothing here waits for the device, reads its memory
@@ -20,10 +21,10 @@
 
 enum { LARGEST_HEAD_DIM = 256, SMALLEST_CAPABILITY = 80, SMALLEST_BLOCK = 8, ROW_PAD = 128, ALIGNMENT = 128,
        MOST_SPLITS = 32, LEAST_TILES_PER_SPLIT = 4, RESERVED_SHARED_BYTES = 1024, DEFAULT_SHARED_BYTES = 48 << 10,
-       FILL_BLOCKS = 1024, MOST_BLOCKS_PER_GAP = 64 };
+       MASK_PAD = 128, PACK_BLOCKS = 1 << 20, FILL_BLOCKS = 1024, MOST_BLOCKS_PER_GAP = 64 };
 
 struct plan {
-    const struct fa_cuda_kernel *kernel;
+    struct fa_cuda_kernel kernel;   /* its shared memory with the bias tiles */
     struct fa_cuda_args args;
     int64_t bytes;                  /* of workspace */
 };
@@ -66,7 +67,7 @@ static bool has_score_mod(const struct fa_params *p)
 static enum fa_variant variant_of(const struct fa_params *p)
 {
     if (fa_keep256(p->dropout_p) < 256) return FA_DROPOUT;
-    return has_score_mod(p) ? FA_SCORE_MOD : FA_PLAIN;
+    return has_score_mod(p) || p->bias.ptr || p->mask.ptr ? FA_SCORE_MOD : FA_PLAIN;
 }
 
 /* Shared memory that a block may take: the device's, or less where FLASH_ATTN_SMEM_KB pretends a smaller device. */
@@ -96,6 +97,15 @@ static bool is_aligned(const struct fa_params *p, const struct fa_tensor *t)
     return (uintptr_t)t->ptr % 16 == 0 && t->stride_b % chunk == 0 && t->stride_s % chunk == 0 && t->stride_h % chunk == 0;
 }
 
+/* Whether bias tiles can come through shared memory by cp.async, and there is room. */
+static bool can_stage_bias(const struct fa_params *p, const struct fa_cuda_kernel *kernel, const struct fa_cuda_device *device)
+{
+    const struct fa_scores *t = &p->bias;
+    return t->ptr && t->dtype == p->dtype && t->dtype != FA_FLOAT32 && t->stride_k == 1 && (uintptr_t)t->ptr % 16 == 0
+        && t->stride_b % 8 == 0 && t->stride_h % 8 == 0 && t->stride_q % 8 == 0
+        && kernel->shared_bytes + kernel->bias_bytes <= shared_limit(device);
+}
+
 static int window_of(int64_t bound) { return bound < 0 || bound >= ROW_LIMIT ? -1 : (int)bound; }
 
 static struct fa_cuda_args arguments_of(const struct fa_params *p)
@@ -105,7 +115,9 @@ static struct fa_cuda_args arguments_of(const struct fa_params *p)
         .p = *p, .group = (int)(p->h / p->hk),
         .window_left = window_of(p->window_left), .window_right = window_of(p->window_right),
         .scale = (float)p->scale, .softcap = (float)p->softcap,
-        .score_mod = has_score_mod(p), .exponent_scale = (float)(has_score_mod(p) ? LOG2E : p->scale * LOG2E),
+        .score_mod = has_score_mod(p), .exponent_scale = (float)(has_score_mod(p) || p->bias.ptr ? LOG2E : p->scale * LOG2E),
+        .bias_scale = has_score_mod(p) ? 1.0f : (float)p->scale,
+        .batch_fastest = p->bias.ptr && p->b > 1 && p->bias.stride_b == 0 && (p->bias.stride_h != 0 || p->h == 1),
         .keep256 = keep256, .kept = 256.0f / (float)keep256,
         .aligned_q = is_aligned(p, &p->q), .aligned_k = is_aligned(p, &p->k), .aligned_v = is_aligned(p, &p->v),
         .aligned_out = is_aligned(p, &p->out), .aligned_dout = is_aligned(p, &p->dout), .aligned_dq = is_aligned(p, &p->dq),
@@ -132,7 +144,7 @@ static double wave_efficiency(int64_t tiles, int64_t splits, int64_t slots)
  * best one, with enough keys each to pay for the merge. */
 static int choose_splits(const struct plan *plan, const struct fa_cuda_device *device)
 {
-    const struct fa_cuda_kernel *kernel = plan->kernel;
+    const struct fa_cuda_kernel *kernel = &plan->kernel;
     const struct fa_cuda_args *a = &plan->args;
     const int64_t resident = device->shared_per_multiprocessor / (kernel->shared_bytes + RESERVED_SHARED_BYTES);
     const int64_t slots = device->multiprocessors * most(1, least(kernel->blocks, resident));
@@ -151,6 +163,31 @@ static int choose_splits(const struct plan *plan, const struct fa_cuda_device *d
         if (wave_efficiency(tiles, splits, slots) >= 0.85 * best)
             return (int)blocks_of(key_tiles, blocks_of(key_tiles, splits));     /* none of them without keys */
     return 1;
+}
+
+static int64_t mask_planes(const struct fa_cuda_args *a)
+{
+    return (a->mask.plane_b ? a->p.b : 1) * (a->mask.plane_h ? a->p.h : 1);
+}
+
+/* Bits and flags of attn_mask: along an index with stride 0 there is one of them. */
+static void plan_mask(enum fa_pass pass, struct plan *plan)
+{
+    struct fa_cuda_args *a = &plan->args;
+    struct fa_cuda_mask *m = &a->mask;
+    const struct fa_scores *t = &a->p.mask;
+    if (!t->ptr) return;
+    m->plane_h = t->stride_h ? 1 : 0;
+    m->plane_b = !t->stride_b ? 0 : t->stride_h ? (int)a->p.h : 1;
+    m->rows = t->stride_q ? (int)a->p.sq : 1;
+    m->words = t->stride_k ? (int)(pad(a->p.sk, MASK_PAD) / 32) : 1;
+    m->block_m = plan->kernel.block_m, m->block_n = plan->kernel.block_n;
+    m->outer_is_keys = pass == FA_BACKWARD;
+    m->outer = m->outer_is_keys ? (m->words > 1 ? a->n_tiles : 1) : (m->rows > 1 ? a->m_tiles : 1);
+    m->tile_words = m->outer_is_keys ? (m->rows > 1 ? (int)blocks_of(a->m_tiles, 32) : 1) : (m->words > 1 ? (int)blocks_of(a->n_tiles, 32) : 1);
+    m->bits = take(plan, mask_planes(a) * m->rows * m->words * (int64_t)sizeof(uint32_t));
+    m->some = take(plan, mask_planes(a) * m->outer * m->tile_words * (int64_t)sizeof(uint32_t));
+    m->all = take(plan, mask_planes(a) * m->outer * m->tile_words * (int64_t)sizeof(uint32_t));
 }
 
 static void plan_forward(struct plan *plan, const struct fa_cuda_device *device)
@@ -181,9 +218,12 @@ static enum fa_status make_plan(enum fa_pass pass, const struct fa_params *p, st
     if (!device) return FA_FAILED;
     plan->bytes = 0;
     plan->args = arguments_of(p);
-    plan->kernel = find_kernel(pass, p, device);
-    plan->args.m_tiles = (int)blocks_of(p->sq, plan->kernel->block_m);
-    plan->args.n_tiles = (int)blocks_of(p->sk, plan->kernel->block_n);
+    plan->kernel = *find_kernel(pass, p, device);
+    plan->args.bias_staged = can_stage_bias(p, &plan->kernel, device);
+    if (plan->args.bias_staged) plan->kernel.shared_bytes += plan->kernel.bias_bytes;
+    plan->args.m_tiles = (int)blocks_of(p->sq, plan->kernel.block_m);
+    plan->args.n_tiles = (int)blocks_of(p->sk, plan->kernel.block_n);
+    plan_mask(pass, plan);
     if (pass == FA_FORWARD) plan_forward(plan, device);
     else plan_backward(plan);
     return FA_OK;
@@ -231,11 +271,24 @@ static enum fa_status launch_fill(fa_cuda_helper *helper, const struct fa_cuda_a
     return launch("launch of the fill kernel", helper(args->p.dtype), gaps * each, 1, args, error);
 }
 
+/* The mask as bits, and the flags of its tiles. */
+static enum fa_status launch_mask(const struct fa_cuda_args *a, struct fa_error *error)
+{
+    const struct fa_cuda_kernel *pack = fa_cuda_pack(a->p.dtype), *flags = fa_cuda_flags(a->p.dtype);
+    const struct fa_cuda_mask *m = &a->mask;
+    if (!m->bits || a->m_tiles == 0 || a->n_tiles == 0) return FA_OK;
+    const int64_t words = mask_planes(a) * m->rows * m->words, rows = mask_planes(a) * m->outer * m->tile_words;
+    enum fa_status status = launch("launch of the pack kernel", pack, least(blocks_of(words, pack->block_m), PACK_BLOCKS), 1, a, error);
+    if (status) return status;
+    return launch("launch of the flags kernel", flags, blocks_of(rows, flags->block_m), 1, a, error);
+}
+
 static enum fa_status run_forward(const struct plan *plan, struct fa_error *error)
 {
     const struct fa_cuda_args *a = &plan->args;
     const int64_t tiles = a->p.b * a->p.h * a->m_tiles;
-    enum fa_status status = launch("launch of the forward kernel", plan->kernel, tiles, a->splits, a, error);
+    enum fa_status status = launch_mask(a, error);
+    if (!status) status = launch("launch of the forward kernel", &plan->kernel, tiles, a->splits, a, error);
     if (!status && a->splits > 1) status = launch_rows("launch of the combine kernel", fa_cuda_combine, a->p.sq, a, error);
     if (!status && a->p.cu_q) status = launch_fill(fa_cuda_fill_forward, a, error);
     if (!status && a->p.s_dmask) status = launch_rows("launch of the dmask kernel", fa_cuda_dmask, a->p.dmask_sq, a, error);
@@ -246,8 +299,9 @@ static enum fa_status run_backward(const struct plan *plan, struct fa_error *err
 {
     const struct fa_cuda_args *a = &plan->args;
     const int64_t tiles = a->p.b * a->p.hk * a->n_tiles;
-    enum fa_status status = launch_rows("launch of the prepare kernel", fa_cuda_prepare, pad(a->p.sq, ROW_PAD), a, error);
-    if (!status) status = launch("launch of the backward kernel", plan->kernel, tiles, 1, a, error);
+    enum fa_status status = launch_mask(a, error);
+    if (!status) status = launch_rows("launch of the prepare kernel", fa_cuda_prepare, pad(a->p.sq, ROW_PAD), a, error);
+    if (!status) status = launch("launch of the backward kernel", &plan->kernel, tiles, 1, a, error);
     if (!status) status = launch_rows("launch of the convert kernel", fa_cuda_convert, a->p.sq, a, error);
     if (!status && (a->p.cu_q || a->p.cu_k || a->p.seqused_k)) status = launch_fill(fa_cuda_fill_backward, a, error);
     return status;
@@ -291,8 +345,8 @@ static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_err
         fa_fail(why, FA_UNSUPPORTED, "serves float32, float16 and bfloat16; cast q, k and v, or pass CPU tensors");
         return false;
     }
-    if (p->bias.ptr || p->mask.ptr) {
-        fa_fail(why, FA_UNSUPPORTED, "takes no attn_bias or attn_mask yet; pass CPU tensors");
+    if (p->bias.ptr && p->bias.dtype == FA_FLOAT64) {
+        fa_fail(why, FA_UNSUPPORTED, "serves attn_bias in float32, float16 and bfloat16; cast it, or pass CPU tensors");
         return false;
     }
     if (check_sizes(p, why) || !(device = fa_cuda_device(p->device_index, why))) return false;

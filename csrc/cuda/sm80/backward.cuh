@@ -12,7 +12,9 @@
 #ifndef FA_SM80_BACKWARD_CUH
 #define FA_SM80_BACKWARD_CUH
 
+#include "../bias.cuh"
 #include "../dq_layout.cuh"
+#include "../mask.cuh"
 #include "../score.cuh"
 #include "../tile.cuh"
 #include "config.h"
@@ -26,20 +28,21 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
         DQ_M = BLOCK_M < 32 ? BLOCK_M : 32, DQ_WM = BLOCK_M / DQ_M, DQ_WN = KEY_WARPS / DQ_WM, DQ_DT = DT / DQ_WN, DQ_STEP = D >= 128 && DQ_DT % 4 == 0 ? 4 : DQ_DT,
         KV_BYTES = BLOCK_N * D * 2, Q_BYTES = BLOCK_M * D * 2, STAGE_BYTES = 2 * Q_BYTES + 2 * 4 * BLOCK_M,
         DS_BYTES = BLOCK_N * BLOCK_M * 2, SHARED_BYTES = 2 * KV_BYTES + STAGES * STAGE_BYTES + DS_BYTES,
+        BIAS_TILE_BYTES = BLOCK_M * BLOCK_N * 2, BIAS_BYTES = STAGES * BIAS_TILE_BYTES,
     };
     static_assert(KEYS % 16 == 0 && BLOCK_M % 32 == 0 && DQ_WM * DQ_WN == KEY_WARPS && DQ_DT % 2 == 0, "whole fragments");
 
     const fa_cuda_args &a;
     const int lane, key_warp, role, b, kv_head, j0;                 /* j0: first key of the block */
     const sequence seq;
-    const uint32_t k_tile, v_tile, ds_tile, stages;
+    const uint32_t k_tile, v_tile, ds_tile, stages, bias_tiles;
     int m_first, m_last;                                            /* query tiles [first, last) */
     float sum[SUMS][KT][DT][4];                                     /* dV, dK, or the one of this warp's role */
 
     __device__ __forceinline__ backward(const fa_cuda_args &args, int batch, int kv, int n, uint32_t shared)
         : a(args), lane(threadIdx.x & 31), key_warp((threadIdx.x >> 5) % KEY_WARPS), role((threadIdx.x >> 5) / KEY_WARPS),
           b(batch), kv_head(kv), j0(n * BLOCK_N), seq(sequence_of(args.p, batch)),
-          k_tile(shared), v_tile(shared + KV_BYTES), ds_tile(shared + 2 * KV_BYTES), stages(ds_tile + DS_BYTES)
+          k_tile(shared), v_tile(shared + KV_BYTES), ds_tile(shared + 2 * KV_BYTES), stages(ds_tile + DS_BYTES), bias_tiles(shared + SHARED_BYTES)
     {
         #pragma unroll
         for (int x = 0; x < SUMS; x++)
@@ -70,19 +73,38 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     __device__ __forceinline__ bool done(const position &at) const { return at.head >= (kv_head + 1) * a.group; }
     __device__ __forceinline__ position next(position at) const
     {
-        return at.m > m_first ? position{ at.head, at.m - 1 } : position{ at.head + 1, m_last - 1 };
+        if (!has_mask<VARIANT>(a)) return at.m > m_first ? position{ at.head, at.m - 1 } : position{ at.head + 1, m_last - 1 };
+        for (; !done(at); at = { at.head + 1, m_last }) {          /* past tiles that the mask shows nothing of */
+            at.m = last_visible_tile(a.mask, mask_plane(a.mask, b, at.head), j0 / BLOCK_N, m_first, at.m);
+            if (at.m >= m_first) break;
+        }
+        return at;
+    }
+    __device__ __forceinline__ bool needs_no_mask(const position &at) const
+    {
+        if (has_bias<VARIANT>(a) && !a.bias_staged) return false;       /* biases that are not staged share the masks' copy of the code */
+        return !has_mask<VARIANT>(a) || tile_is_whole(a.mask, mask_plane(a.mask, b, at.head), j0 / BLOCK_N, at.m);
+    }
+    __device__ __forceinline__ position start() const
+    {
+        if (m_first >= m_last) return { (kv_head + 1) * a.group, 0 };
+        const position at = { kv_head * a.group, m_last };
+        return has_mask<VARIANT>(a) ? next(at) : position{ at.head, m_last - 1 };
     }
 
-    __device__ __forceinline__ void load_stage(const position &at, uint32_t stage)
+    __device__ __forceinline__ void load_stage(const position &at, int stage)
     {
         if (!done(at)) {
             const int i0 = at.m * BLOCK_M;
-            load_tile<BLOCK_M, D, THREADS>(stage, queries(a.p.q, at.head, i0, (int)a.p.d, a.aligned_q));
-            load_tile<BLOCK_M, D, THREADS>(stage + Q_BYTES, queries(a.p.dout, at.head, i0, (int)a.p.d_v, a.aligned_dout));
+            const uint32_t tile = stages + stage * STAGE_BYTES;
+            load_tile<BLOCK_M, D, THREADS>(tile, queries(a.p.q, at.head, i0, (int)a.p.d, a.aligned_q));
+            load_tile<BLOCK_M, D, THREADS>(tile + Q_BYTES, queries(a.p.dout, at.head, i0, (int)a.p.d_v, a.aligned_dout));
+            if (VARIANT != FA_PLAIN && a.bias_staged)
+                load_tile<BLOCK_M, BLOCK_N, THREADS>(bias_tiles + stage * BIAS_TILE_BYTES, bias_rows<BLOCK_N>(a, seq, b, at.head, i0, j0));
             const int64_t row = padded_row(a, seq, b, at.head) + i0;
             const int thread = threadIdx.x, chunk = thread % (BLOCK_M / 4);
             if (thread < BLOCK_M / 2)
-                cp_async_16(stage + 2 * Q_BYTES + thread * 16, (thread < BLOCK_M / 4 ? a.lse2 : a.delta) + row + chunk * 4, 16);
+                cp_async_16(tile + 2 * Q_BYTES + thread * 16, (thread < BLOCK_M / 4 ? a.lse2 : a.delta) + row + chunk * 4, 16);
         }
         cp_async_commit();
     }
@@ -144,32 +166,85 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
             }
     }
 
+    /* Query and key of element e of accumulator (k, n). */
+    __device__ __forceinline__ int query(int i0, int n, int e) const { return i0 + n * 8 + (lane & 3) * 2 + e % 2; }
+    __device__ __forceinline__ int key(int k, int e) const { return j0 + key_warp * KEYS + k * 16 + (lane >> 2) + e / 2 * 8; }
+
+    /* To a piece of 16 keys x 16 queries: accumulators n and n + 1. */
+    __device__ __forceinline__ void add_staged_bias(float (&c0)[4], float (&c1)[4], int k, int n, uint32_t bias_tile)
+    {
+        uint32_t x[4];
+        ldmatrix_trans(x, step<BLOCK_N>(bias_tile + lane_a_trans<BLOCK_N>(lane), key_warp * KT + k) + n * 8 * BLOCK_N * 2);
+        add_piece<T>(c0, c1, x, a.bias_scale);
+    }
+    __device__ __forceinline__ void add_bias(float (&c0)[4], float (&c1)[4], int k, int n, int head, int i0)
+    {
+        #pragma unroll
+        for (int x = 0; x < 4; x++) {
+            const bias_row row = bias_row_at(a, seq, b, head, query(i0, n + x / 2, x), key(k, 0));
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float &score = (x / 2 ? c1 : c0)[2 * half + x % 2];
+                score = fmaf(score, a.bias_scale, bias_at(a, row, half * 8));
+            }
+        }
+    }
+
+    /* 0 where the mask hides the key: from P^T, and from P^T times the score's derivative. */
+    __device__ __forceinline__ void hide(float (&s)[KT][NT][4], uint32_t (&left)[KT][NT / 2][4], int head, int i0)
+    {
+        const int plane = mask_plane(a.mask, b, head);
+        #pragma unroll
+        for (int k = 0; k < KT; k++)
+            #pragma unroll
+            for (int n = 0; n < NT; n++)
+                #pragma unroll
+                for (int c = 0; c < 2; c++) {
+                    const int i = min(query(i0, n, c), seq.sq - 1), j = j0 + key_warp * KEYS + k * 16;
+                    const uint32_t word = mask_word(a.mask, plane, i, j) >> (j % 32 + (lane >> 2));
+                    #pragma unroll
+                    for (int half = 0; half < 2; half++)
+                        if (!(word >> half * 8 & 1)) {
+                            s[k][n][2 * half + c] = 0.0f;
+                            left[k][n / 2][n % 2 * 2 + half] &= c ? 0x0000ffff : 0xffff0000;
+                        }
+                }
+    }
+
     /* S^T becomes P^T: packed for dV in `left`, and times the score's derivative in s for dS. */
     template <bool MASKED> __device__ __forceinline__ void probabilities(float (&s)[KT][NT][4], uint32_t (&left)[KT][NT / 2][4],
-                                                                        int head, int i0, const float *lse2)
+                                                                        int head, int i0, const float *lse2, uint32_t bias_tile)
     {
         const bool mods = has_score_mod<VARIANT>(a);
         const float slope = mods ? alibi_slope(a, b, head) : 0.0f;
         #pragma unroll
         for (int k = 0; k < KT; k++)
             #pragma unroll
-            for (int n = 0; n < NT; n++)
-                #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    float p[2];
+            for (int n = 0; n < NT; n += 2) {                       /* a piece of 16 keys x 16 queries */
+                float derivative[8];
+                if (mods) {
                     #pragma unroll
-                    for (int c = 0; c < 2; c++) {
-                        const int row = n * 8 + (lane & 3) * 2 + c, i = i0 + row;
-                        const int j = j0 + key_warp * KEYS + k * 16 + (lane >> 2) + half * 8;
-                        float &x = s[k][n][2 * half + c], derivative = 1.0f;
-                        if (mods) x = modify_score(a, x, slope, i + seq.sk - seq.sq - j, derivative);
-                        x = exp2_approx(fmaf(x, a.exponent_scale, -lse2[row]));
-                        if (MASKED && (j < first_key(a, seq, i) || j >= last_key(a, seq, i))) x = 0.0f;
-                        p[c] = x;
-                        if (mods) x *= derivative;
-                    }
-                    left[k][n / 2][n % 2 * 2 + half] = pack<T>(p[0], p[1]);
+                    for (int x = 0; x < 8; x++)
+                        s[k][n + x / 4][x % 4] = modify_score(a, s[k][n + x / 4][x % 4], slope, query(i0, n + x / 4, x % 4) + seq.sk - seq.sq - key(k, x % 4),
+                                                              derivative[x]);
                 }
+                if (VARIANT != FA_PLAIN && a.bias_staged) add_staged_bias(s[k][n], s[k][n + 1], k, n, bias_tile);
+                else if (MASKED && has_bias<VARIANT>(a)) add_bias(s[k][n], s[k][n + 1], k, n, head, i0);
+                #pragma unroll
+                for (int x = 0; x < 8; x++) {
+                    const int column = n * 8 + x / 4 * 8 + (lane & 3) * 2 + x % 2, j = key(k, x % 4);
+                    float &score = s[k][n + x / 4][x % 4];
+                    score = exp2_approx(fmaf(score, a.exponent_scale, -lse2[column]));
+                    if (MASKED && (j < first_key(a, seq, i0 + column) || j >= last_key(a, seq, i0 + column))) score = 0.0f;
+                }
+                #pragma unroll
+                for (int r = 0; r < 4; r++) left[k][n / 2][r] = pack<T>(s[k][n + r / 2][r % 2 * 2], s[k][n + r / 2][r % 2 * 2 + 1]);
+                if (mods) {
+                    #pragma unroll
+                    for (int x = 0; x < 8; x++) s[k][n + x / 4][x % 4] *= derivative[x];
+                }
+            }
+        if (MASKED && has_mask<VARIANT>(a)) hide(s, left, head, i0);
     }
 
     /* Flags of what dropout drops, per 16x16 piece, two pieces at a time along the queries. */
@@ -244,8 +319,10 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     }
     __device__ __forceinline__ void wait_for_turn(int head, int m) const
     {
+        const int first = first_key(a, seq, m * BLOCK_M) / BLOCK_N;
+        int before = j0 / BLOCK_N - first;
+        if (has_mask<VARIANT>(a)) before = visible_tiles(a.mask, mask_plane(a.mask, b, head), first, j0 / BLOCK_N, m);
         if (threadIdx.x == 0) {
-            const int before = (j0 - first_key(a, seq, m * BLOCK_M) / BLOCK_N * BLOCK_N) / BLOCK_N;
             while (*(volatile int *)turn_of(head, m) < before) __nanosleep(64);
             __threadfence();
         }
@@ -287,21 +364,21 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
                 }
     }
 
-    template <bool MASKED> __device__ __forceinline__ void gradients(int head, int m, uint32_t stage, const float *lse2, const float *delta)
+    template <bool MASKED> __device__ __forceinline__ void gradients(int head, int m, int stage, const float *lse2)
     {
-        const uint32_t q_tile = stage, dout_tile = stage + Q_BYTES;
+        const uint32_t q_tile = stages + stage * STAGE_BYTES, dout_tile = q_tile + Q_BYTES;
         float s[KT][NT][4], dp[KT][NT][4];
         uint32_t flags[KT][NT / 2][2], left[KT][NT / 2][4];
         product(s, k_tile, q_tile);
         if (makes_dk()) product(dp, v_tile, dout_tile);
-        probabilities<MASKED>(s, left, head, m * BLOCK_M, lse2);
+        probabilities<MASKED>(s, left, head, m * BLOCK_M, lse2, bias_tiles + stage * BIAS_TILE_BYTES);
         if (VARIANT == FA_DROPOUT) {
             dropout_flags(flags, head, m * BLOCK_M);
             if (makes_dv()) drop(left, flags);
         }
         if (makes_dv()) accumulate(sum[0], left, dout_tile);
         if (makes_dk()) {
-            score_gradients(dp, s, flags, delta);
+            score_gradients(dp, s, flags, lse2 + BLOCK_M);
             pack_left(left, dp);
             store_ds(left);
             accumulate(sum[SUMS - 1], left, q_tile);
@@ -312,21 +389,20 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     {
         load_tile<BLOCK_N, D, THREADS>(k_tile, keys(a.p.k, (int)a.p.d, a.aligned_k));
         load_tile<BLOCK_N, D, THREADS>(v_tile, keys(a.p.v, (int)a.p.d_v, a.aligned_v));
-        position at = { kv_head * a.group + (m_first < m_last ? 0 : a.group), m_last - 1 }, ahead = at;
-        load_stage(ahead, stages);
+        position at = start(), ahead = at;
+        load_stage(ahead, 0);
         for (int stage = 0; !done(at); at = ahead, stage ^= STAGES - 1) {
             const int i0 = at.m * BLOCK_M, i_end = min(i0 + BLOCK_M, seq.sq) - 1;
-            const uint32_t here = stages + stage * STAGE_BYTES;
-            const float *lse2 = (const float *)(shared + (here - k_tile) + 2 * Q_BYTES);
+            const float *lse2 = (const float *)(shared + (stages - k_tile) + stage * STAGE_BYTES + 2 * Q_BYTES);
             cp_async_wait<0>();
             __syncthreads();                        /* the tile is here for all, and all are done with the one before */
             ahead = next(at);
-            if (STAGES > 1) load_stage(ahead, stages + (stage ^ 1) * STAGE_BYTES);
-            const bool whole = first_key(a, seq, i_end) <= j0 && last_key(a, seq, i0) >= j0 + BLOCK_N;
-            if (whole) gradients<false>(at.head, at.m, here, lse2, lse2 + BLOCK_M);
-            else gradients<true>(at.head, at.m, here, lse2, lse2 + BLOCK_M);
+            if (STAGES > 1) load_stage(ahead, stage ^ 1);
+            const bool whole = first_key(a, seq, i_end) <= j0 && last_key(a, seq, i0) >= j0 + BLOCK_N && needs_no_mask(at);
+            if (whole) gradients<false>(at.head, at.m, stage, lse2);
+            else gradients<true>(at.head, at.m, stage, lse2);
             __syncthreads();                        /* dS is here for all, and all are done with Q and dO */
-            if (STAGES == 1) load_stage(ahead, stages);
+            if (STAGES == 1) load_stage(ahead, 0);
             if (a.p.deterministic) wait_for_turn(at.head, at.m);
             if (makes_dv()) add_dq(at.head, at.m);
             if (a.p.deterministic) pass_turn(at.head, at.m);
@@ -363,8 +439,8 @@ __global__ void __launch_bounds__(32 * Tile::WARPS, Tile::BLOCKS) backward_kerne
 {
     extern __shared__ __align__(128) uint8_t shared[];
     using kernel = backward<T, D, VARIANT, Tile>;
-    const int n = blockIdx.x % a.n_tiles, batch_head = blockIdx.x / a.n_tiles;
-    kernel block(a, batch_head / (int)a.p.hk, batch_head % (int)a.p.hk, n, shared_address(shared));
+    const block_place place = place_of_block<VARIANT>(a, (int)a.p.hk, a.n_tiles);
+    kernel block(a, place.b, place.head, place.tile, shared_address(shared));
     if (block.j0 >= block.seq.k_rows) return;
     const int j_end = min(block.j0 + kernel::BLOCK_N, block.seq.sk) - 1;
     const bool used = block.j0 < block.seq.sk;

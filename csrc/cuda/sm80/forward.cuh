@@ -13,6 +13,8 @@
 #ifndef FA_SM80_FORWARD_CUH
 #define FA_SM80_FORWARD_CUH
 
+#include "../bias.cuh"
+#include "../mask.cuh"
 #include "../score.cuh"
 #include "../tile.cuh"
 #include "config.h"
@@ -23,14 +25,15 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         ROWS = BLOCK_M / WARPS, MT = ROWS / 16,             /* rows of a warp; 16-row pieces of them */
         SUB_N = Tile::SUB_N, SUBS = BLOCK_N / SUB_N, NT = SUB_N / 8, DT = D / 8,
         ROW_BYTES = 2 * D, KV_BYTES = BLOCK_N * ROW_BYTES, Q_BYTES = BLOCK_M * ROW_BYTES,
-        SHARED_BYTES = Q_BYTES + 2 * STAGES * KV_BYTES,
+        SHARED_BYTES = Q_BYTES + 2 * STAGES * KV_BYTES, BIAS_TILE_BYTES = BLOCK_M * BLOCK_N * 2, BIAS_BYTES = STAGES * BIAS_TILE_BYTES,
     };
-    static_assert(BLOCK_M % (16 * WARPS) == 0 && BLOCK_N % SUB_N == 0 && SUB_N % 16 == 0 && D % 32 == 0, "whole fragments");
+    static_assert(BLOCK_M % (16 * WARPS) == 0 && BLOCK_N % SUB_N == 0 && SUB_N % 32 == 0 && D % 32 == 0, "whole fragments");
+    static_assert(STAGES == 2, "a tile is worked with, the next one loads");
 
     const fa_cuda_args &a;
     const int lane, warp, b, head, kv_head, i0;             /* i0: first query of the block */
     const sequence seq;
-    const uint32_t q_tile, k_tiles, v_tiles;
+    const uint32_t q_tile, k_tiles, v_tiles, bias_tiles;
     int n_first, n_last;                                    /* tiles [first, last) */
 
     float o[MT][DT][4];
@@ -38,7 +41,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
 
     __device__ __forceinline__ forward(const fa_cuda_args &args, int batch, int h, int m, uint32_t shared)
         : a(args), lane(threadIdx.x & 31), warp(threadIdx.x >> 5), b(batch), head(h), kv_head(h / args.group), i0(m * BLOCK_M),
-          seq(sequence_of(args.p, batch)), q_tile(shared), k_tiles(shared + Q_BYTES), v_tiles(k_tiles + STAGES * KV_BYTES)
+          seq(sequence_of(args.p, batch)), q_tile(shared), k_tiles(shared + Q_BYTES), v_tiles(k_tiles + STAGES * KV_BYTES),
+          bias_tiles(shared + SHARED_BYTES)
     {
         #pragma unroll
         for (int m_ = 0; m_ < MT; m_++) {
@@ -57,14 +61,27 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         return { (const uint16_t *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + n * BLOCK_N) * t.stride_s + kv_head * t.stride_h, t.stride_s,
                  seq.sk - n * BLOCK_N, d, aligned };
     }
-    __device__ __forceinline__ void load_stage(int n)
+    __device__ __forceinline__ void load_stage(int n, int stage)
     {
         if (n >= n_first) {
-            const int stage = n % STAGES;
             load_tile<BLOCK_N, D, THREADS>(k_tiles + stage * KV_BYTES, keys(a.p.k, n, (int)a.p.d, a.aligned_k));
             load_tile<BLOCK_N, D, THREADS>(v_tiles + stage * KV_BYTES, keys(a.p.v, n, (int)a.p.d_v, a.aligned_v));
+            if (VARIANT != FA_PLAIN && a.bias_staged)
+                load_tile<BLOCK_M, BLOCK_N, THREADS>(bias_tiles + stage * BIAS_TILE_BYTES, bias_rows<BLOCK_N>(a, seq, b, head, i0, n * BLOCK_N));
         }
         cp_async_commit();
+    }
+
+    /* The tile to work with after n: the one before it that the mask shows a key of. */
+    __device__ __forceinline__ int tile_after(int n) const
+    {
+        if (!has_mask<VARIANT>(a)) return n - 1;
+        return last_visible_tile(a.mask, mask_plane(a.mask, b, head), i0 / BLOCK_M, n_first, n);
+    }
+    __device__ __forceinline__ bool needs_no_mask(int n) const
+    {
+        if (has_bias<VARIANT>(a) && !a.bias_staged) return false;       /* biases that are not staged share the masks' copy of the loop */
+        return !has_mask<VARIANT>(a) || tile_is_whole(a.mask, mask_plane(a.mask, b, head), i0 / BLOCK_M, n);
     }
 
     /* S (ROWS, SUB_N) = Q K^T, keys from row `key` of the tile. */
@@ -98,30 +115,78 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
 
     __device__ __forceinline__ int query(int m, int half) const { return i0 + warp * ROWS + m * 16 + half * 8 + (lane >> 2); }
 
-    /* Score mods, then -inf where row and column do not see each other. j0: key of column 0. */
-    template <bool MASKED> __device__ __forceinline__ void modify(float (&s)[MT][NT][4], int j0)
+    __device__ __forceinline__ void add_staged_bias(float (&s)[MT][NT][4], uint32_t bias_tile, int key)
     {
-        const bool mods = has_score_mod<VARIANT>(a);
-        const float slope = mods ? alibi_slope(a, b, head) : 0.0f;
+        const uint32_t at = bias_tile + warp * ROWS * BLOCK_N * 2 + lane_a<BLOCK_N>(lane);
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int n = 0; n < NT; n += 2) {
+                uint32_t x[4];
+                ldmatrix(x, step<BLOCK_N>(at, key / 16 + n / 2) + m * 16 * BLOCK_N * 2);
+                add_piece<T>(s[m][n], s[m][n + 1], x, a.bias_scale);
+            }
+    }
+    __device__ __forceinline__ void add_bias(float (&s)[MT][NT][4], int j)
+    {
         #pragma unroll
         for (int m = 0; m < MT; m++)
             #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int i = query(m, half), diagonal = i + seq.sk - seq.sq, j = j0 + (lane & 3) * 2;
-                if (mods) {
-                    #pragma unroll
-                    for (int x = 0; x < 2 * NT; x++) {
-                        float unused;
-                        s[m][x / 2][2 * half + x % 2] = modify_score(a, s[m][x / 2][2 * half + x % 2], slope,
-                                                                     diagonal - (j + x / 2 * 8 + x % 2), unused);
-                    }
+                const bias_row row = bias_row_at(a, seq, b, head, query(m, half), j);
+                #pragma unroll
+                for (int x = 0; x < 2 * NT; x++) {
+                    float &score = s[m][x / 2][2 * half + x % 2];
+                    score = fmaf(score, a.bias_scale, bias_at(a, row, x / 2 * 8 + x % 2));
                 }
-                if (!MASKED) continue;
-                const int first = first_key(a, seq, i) - j, last = last_key(a, seq, i) - j;
+            }
+    }
+
+    /* Score mods and bias, then -inf where row and column do not see each other. j0: key of column 0, row `key` of the tile. */
+    template <bool MASKED> __device__ __forceinline__ void modify(float (&s)[MT][NT][4], int j0, uint32_t bias_tile, int key)
+    {
+        const int j = j0 + (lane & 3) * 2;
+        if (has_score_mod<VARIANT>(a)) {
+            const float slope = alibi_slope(a, b, head);
+            #pragma unroll
+            for (int m = 0; m < MT; m++)
+                #pragma unroll
+                for (int x = 0; x < 4 * NT; x++) {
+                    const int distance = query(m, x % 4 / 2) + seq.sk - seq.sq - (j + x / 4 * 8 + x % 2);
+                    float unused;
+                    s[m][x / 4][x % 4] = modify_score(a, s[m][x / 4][x % 4], slope, distance, unused);
+                }
+        }
+        if (VARIANT != FA_PLAIN && a.bias_staged) add_staged_bias(s, bias_tile, key);
+        else if (MASKED && has_bias<VARIANT>(a)) add_bias(s, j);
+        if (!MASKED) return;
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int i = query(m, half), first = first_key(a, seq, i) - j, last = last_key(a, seq, i) - j;
                 #pragma unroll
                 for (int x = 0; x < 2 * NT; x++)
                     if (x / 2 * 8 + x % 2 < first || x / 2 * 8 + x % 2 >= last) s[m][x / 2][2 * half + x % 2] = -INFINITY;
             }
+        if (has_mask<VARIANT>(a)) hide(s, j0);
+    }
+
+    /* -inf where the mask hides the key. A word has the keys of four accumulators. */
+    __device__ __forceinline__ void hide(float (&s)[MT][NT][4], int j0)
+    {
+        const int plane = mask_plane(a.mask, b, head);
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++)
+                #pragma unroll
+                for (int n = 0; n < NT; n += 4) {
+                    const uint32_t word = mask_word(a.mask, plane, min(query(m, half), seq.sq - 1), j0 + n * 8) >> (lane & 3) * 2;
+                    #pragma unroll
+                    for (int x = 0; x < 8; x++)
+                        if (!(word >> (x / 2 * 8 + x % 2) & 1)) s[m][n + x / 2][2 * half + x % 2] = -INFINITY;
+                }
     }
 
     /* S becomes P; max, sum and O follow. O is rescaled only where some row of the warp has a new maximum. All rows go through each
@@ -150,13 +215,21 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const float shift = row_max[m][half] == -INFINITY ? 0.0f : row_max[m][half] * c;    /* no visible key yet: P = 0 */
+                if (has_bias<VARIANT>(a) && isinf(shift)) {         /* a finite maximum as large as floats are, from the bias */
+                    #pragma unroll
+                    for (int x = 0; x < 2 * NT; x++) {
+                        float &score = s[m][x / 2][2 * half + x % 2];
+                        score = fmaxf(score - row_max[m][half], -1e30f);
+                    }
+                }
+                const float offset = has_bias<VARIANT>(a) && isinf(shift) ? 0.0f : -shift;
                 float sum = 0.0f;
                 #pragma unroll
                 for (int n = 0; n < NT; n++)
                     #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         float &x = s[m][n][2 * half + e];
-                        x = exp2_approx(fmaf(x, c, -shift));
+                        x = exp2_approx(fmaf(x, c, offset));
                         sum += x;
                     }
                 row_sum[m][half] += sum;
@@ -221,12 +294,14 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         }
     }
 
-    template <bool MASKED> __device__ __forceinline__ void tile(int n)
+    /* Tile n, which lies in `stage`, while the one after it loads; that one's number comes back. */
+    template <bool MASKED> __device__ __forceinline__ int tile(int n, int stage)
     {
-        const uint32_t k_tile = k_tiles + n % STAGES * KV_BYTES, v_tile = v_tiles + n % STAGES * KV_BYTES;
-        cp_async_wait<STAGES - 2>();
-        __syncthreads();                            /* tile n is here for all, and all are done with tile n + 1 */
-        load_stage(n - (STAGES - 1));
+        const uint32_t k_tile = k_tiles + stage * KV_BYTES, v_tile = v_tiles + stage * KV_BYTES;
+        const int after = tile_after(n);
+        cp_async_wait<0>();
+        __syncthreads();                            /* tile n is here for all, and all are done with the one before */
+        load_stage(after, stage ^ 1);
         float s[SUBS][MT][NT][4];
         #pragma unroll
         for (int sub = 0; sub < SUBS; sub++) scores(s[sub], k_tile, sub * SUB_N);
@@ -234,11 +309,12 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         for (int sub = 0; sub < SUBS; sub++) {
             const int j0 = n * BLOCK_N + sub * SUB_N;
             uint32_t dropped[MT][NT / 2][2];
-            if (MASKED || has_score_mod<VARIANT>(a)) modify<MASKED>(s[sub], j0);
+            if (MASKED || VARIANT != FA_PLAIN) modify<MASKED>(s[sub], j0, bias_tiles + stage * BIAS_TILE_BYTES, sub * SUB_N);
             softmax(s[sub]);
             if (VARIANT == FA_DROPOUT) dropout_flags(dropped, j0);
             accumulate(s[sub], dropped, v_tile, sub * SUB_N);
         }
+        return after;
     }
 
     /* Tiles from `n_last - 1` down to `n_first`; those in [whole_first, whole_last) every row of the block sees whole. */
@@ -247,12 +323,11 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         const int i_end = min(i0 + BLOCK_M, seq.sq) - 1;
         const int whole_first = (first_key(a, seq, i_end) + BLOCK_N - 1) / BLOCK_N, whole_last = max(last_key(a, seq, i0), 0) / BLOCK_N;
         load_tile<BLOCK_M, D, THREADS>(q_tile, query_rows());
-        #pragma unroll
-        for (int s = 1; s < STAGES; s++) load_stage(n_last - s);
-        int n = n_last - 1;
+        int n = tile_after(n_last), stage = 0;
+        load_stage(n, stage);
         while (n >= n_first) {
-            for (; n >= n_first && (n >= whole_last || n < whole_first); n--) tile<true>(n);
-            for (; n >= n_first && n >= whole_first; n--) tile<false>(n);
+            for (; n >= n_first && (n >= whole_last || n < whole_first || !needs_no_mask(n)); stage ^= 1) n = tile<true>(n, stage);
+            for (; n >= n_first && n >= whole_first && needs_no_mask(n); stage ^= 1) n = tile<false>(n, stage);
         }
         cp_async_wait<0>();
     }
@@ -272,7 +347,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         const float factor = empty ? 0.0f : (VARIANT == FA_DROPOUT ? a.kept : 1.0f) / sum;
         #pragma unroll
         for (int j = 0; j < DT; j++) o[m][j][2 * half] *= factor, o[m][j][2 * half + 1] *= factor;
-        return empty ? -INFINITY : 0.69314718f * (row_max[m][half] * a.exponent_scale + log2_approx(sum));
+        return empty ? -INFINITY : row_max[m][half] * (0.69314718f * a.exponent_scale) + 0.69314718f * log2_approx(sum);
     }
 
     __device__ __forceinline__ void store()
@@ -326,8 +401,8 @@ __global__ void __launch_bounds__(32 * Tile::WARPS, Tile::BLOCKS) forward_kernel
 {
     extern __shared__ __align__(128) uint8_t shared[];
     using kernel = forward<T, D, VARIANT, Tile>;
-    const int m = a.m_tiles - 1 - blockIdx.x % a.m_tiles, batch_head = blockIdx.x / a.m_tiles;
-    kernel block(a, batch_head / (int)a.p.h, batch_head % (int)a.p.h, m, shared_address(shared));
+    const block_place place = place_of_block<VARIANT>(a, (int)a.p.h, a.m_tiles);
+    kernel block(a, place.b, place.head, a.m_tiles - 1 - place.tile, shared_address(shared));
     if (block.i0 >= block.seq.sq) return;
     const int i_end = min(block.i0 + kernel::BLOCK_M, block.seq.sq) - 1;
     const int first = first_key(a, block.seq, block.i0) / kernel::BLOCK_N;

@@ -1,0 +1,62 @@
+/* cuda/bias.cuh: score = bias_scale * score + bias, on fragments, by one of two ways.
+ *
+ *     staged      a tile (queries, keys) in the data's 16-bit type came by cp.async beside Q's or K's; ldmatrix has the layout of the
+ *                 accumulators, with _trans that of their transpose: four elements a register pair, no address arithmetic
+ *     direct      any type, strides and alignment, element by element: fp32 biases, views, and tiles without room in shared memory */
+#ifndef FA_BIAS_CUH
+#define FA_BIAS_CUH
+
+#include "sequence.cuh"
+#include "tile.cuh"
+
+/* One element. The type is the same for all of a call: predicates, no branch. */
+FA_DEVICE float bias_element(enum fa_dtype dtype, const char *at)
+{
+    uint32_t x;
+    float f;
+    asm("{ .reg .pred wide; .reg .b16 h; setp.ne.u32 wide, %2, 0; @wide ld.global.nc.b32 %0, [%1]; "
+        "@!wide ld.global.nc.b16 h, [%1]; @!wide mov.b32 %0, {h, h}; }" : "=r"(x) : "l"(at), "r"((int)(dtype == FA_FLOAT32)));
+    asm("{ .reg .b16 h, unused; mov.b32 {h, unused}, %1; cvt.f32.f16 %0, h; }" : "=f"(f) : "r"(x));
+    return dtype == FA_FLOAT16 ? f : __uint_as_float(dtype == FA_FLOAT32 ? x : x & 0xffff0000);
+}
+
+/* Row i from key j0 on; beyond the sequence the last one, whose value no one uses. */
+struct bias_row { const char *ptr; int64_t stride; int last; };
+FA_DEVICE bias_row bias_row_at(const fa_cuda_args &a, const sequence &s, int b, int head, int i, int j0)
+{
+    const fa_scores &t = a.p.bias;
+    const int size = t.dtype == FA_FLOAT32 ? 4 : 2;
+    return { (const char *)t.ptr + size * (b * t.stride_b + head * t.stride_h + min(i, s.sq - 1) * t.stride_q + j0 * t.stride_k),
+             size * t.stride_k, s.sk - 1 - j0 };
+}
+FA_DEVICE float bias_at(const fa_cuda_args &a, const bias_row &row, int j)
+{
+    return bias_element(a.p.bias.dtype, row.ptr + min(j, row.last) * row.stride);
+}
+
+/* Two neighbours of a fragment. */
+template <enum fa_dtype T> FA_DEVICE void add_pair(float &x, float &y, uint32_t two, float scale)
+{
+    x = fmaf(x, scale, unpack<T>(two & 0xffff));
+    if constexpr (T == FA_BFLOAT16) y = fmaf(y, scale, __uint_as_float(two & 0xffff0000));
+    else y = fmaf(y, scale, unpack<T>(two >> 16));
+}
+
+/* A piece of 16 x 16. */
+template <enum fa_dtype T> FA_DEVICE void add_piece(float (&c0)[4], float (&c1)[4], const uint32_t (&x)[4], float scale)
+{
+    add_pair<T>(c0[0], c0[1], x[0], scale);
+    add_pair<T>(c0[2], c0[3], x[1], scale);
+    add_pair<T>(c1[0], c1[1], x[2], scale);
+    add_pair<T>(c1[2], c1[3], x[3], scale);
+}
+
+/* Queries from i0, keys from j0, as load_tile wants them. */
+template <int KEYS> FA_DEVICE rows_of bias_rows(const fa_cuda_args &a, const sequence &s, int b, int head, int i0, int j0)
+{
+    const fa_scores &t = a.p.bias;
+    return { (const uint16_t *)t.ptr + b * t.stride_b + head * t.stride_h + i0 * t.stride_q + j0, t.stride_q, s.sq - i0,
+             min(s.sk - j0, KEYS), true };
+}
+
+#endif
