@@ -57,14 +57,13 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         return { (const uint16_t *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + n * BLOCK_N) * t.stride_s + kv_head * t.stride_h, t.stride_s,
                  seq.sk - n * BLOCK_N, d, aligned };
     }
-    __device__ __forceinline__ void load_stage(int n)
+    __device__ __forceinline__ void load_k(int n)
     {
-        if (n >= n_first) {
-            const int stage = n % STAGES;
-            load_tile<BLOCK_N, D, THREADS>(k_tiles + stage * KV_BYTES, keys(a.p.k, n, (int)a.p.d, a.aligned_k));
-            load_tile<BLOCK_N, D, THREADS>(v_tiles + stage * KV_BYTES, keys(a.p.v, n, (int)a.p.d_v, a.aligned_v));
-        }
-        cp_async_commit();
+        if (n >= n_first) load_tile<BLOCK_N, D, THREADS>(k_tiles + n % STAGES * KV_BYTES, keys(a.p.k, n, (int)a.p.d, a.aligned_k));
+    }
+    __device__ __forceinline__ void load_v(int n)
+    {
+        if (n >= n_first) load_tile<BLOCK_N, D, THREADS>(v_tiles + n % STAGES * KV_BYTES, keys(a.p.v, n, (int)a.p.d_v, a.aligned_v));
     }
 
     /* S (ROWS, SUB_N) = Q K^T, keys from row `key` of the tile. */
@@ -224,12 +223,20 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     template <bool MASKED> __device__ __forceinline__ void tile(int n)
     {
         const uint32_t k_tile = k_tiles + n % STAGES * KV_BYTES, v_tile = v_tiles + n % STAGES * KV_BYTES;
-        cp_async_wait<STAGES - 2>();
-        __syncthreads();                            /* tile n is here for all, and all are done with tile n + 1 */
-        load_stage(n - (STAGES - 1));
+        cp_async_wait<0>();
+        __syncthreads();                            /* tile n (one stage: K(n)) is here for all, and all are done with tile n + 1 */
+        if (STAGES > 1) load_k(n - 1);
+        load_v(n - (STAGES - 1));
+        cp_async_commit();
         float s[SUBS][MT][NT][4];
         #pragma unroll
         for (int sub = 0; sub < SUBS; sub++) scores(s[sub], k_tile, sub * SUB_N);
+        if (STAGES == 1) {
+            cp_async_wait<0>();
+            __syncthreads();                        /* V(n) is here for all, and all are done with K(n) */
+            load_k(n - 1);
+            cp_async_commit();
+        }
         #pragma unroll
         for (int sub = 0; sub < SUBS; sub++) {
             const int j0 = n * BLOCK_N + sub * SUB_N;
@@ -247,8 +254,9 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         const int i_end = min(i0 + BLOCK_M, seq.sq) - 1;
         const int whole_first = (first_key(a, seq, i_end) + BLOCK_N - 1) / BLOCK_N, whole_last = max(last_key(a, seq, i0), 0) / BLOCK_N;
         load_tile<BLOCK_M, D, THREADS>(q_tile, query_rows());
-        #pragma unroll
-        for (int s = 1; s < STAGES; s++) load_stage(n_last - s);
+        load_k(n_last - 1);
+        if (STAGES > 1) load_v(n_last - 1);
+        cp_async_commit();
         int n = n_last - 1;
         while (n >= n_first) {
             for (; n >= n_first && (n >= whole_last || n < whole_first); n--) tile<true>(n);
