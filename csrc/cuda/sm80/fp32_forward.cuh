@@ -88,7 +88,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
                 right_operand keys;
                 load_right<CUT>(keys, step_rows(k_at, channel) + n * 8 * ROW_BYTES);
                 #pragma unroll
-                for (int m = 0; m < MT; m++) multiply(s[m][n], q[m], keys);
+                for (int m = 0; m < MT; m++) multiply<CUT>(s[m][n], q[m], keys);
             }
         }
     }
@@ -112,7 +112,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
                     for (int c = 0; c < 2; c++) {
                         const int j = j0 + n * 8 + (lane & 3) * 2 + c;
                         float &x = s[m][n][2 * half + c], unused;
-                        if (mods) x = modify_score(a, x, slope, diagonal - j, unused);
+                        if (mods) x = modify_score<true>(a, x, slope, diagonal - j, unused);
                         if (MASKED && (j < first || j >= last)) x = -INFINITY;
                     }
             }
@@ -199,7 +199,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
         __syncthreads();                            /* K(n) is here for all, and all are done with V(n + 1) */
         load_keys(v_tile, a.p.v, n, (int)a.p.d_v, a.aligned_v);
         scores<false>(s);
-        if (warp_has_nan(s)) scores<true>(s);
+        if (warp_overflows(s)) scores<true>(s);
         cp_async_wait<0>();
         __syncthreads();                            /* V(n) is here for all, and all are done with K(n) */
         load_keys(k_tile, a.p.k, n - 1, (int)a.p.d, a.aligned_k);
