@@ -38,7 +38,7 @@ template <fa_variant V> struct backward_tile<128, V, false>        : backward_ro
 template <fa_variant V> struct backward_tile<192, V, false>        : backward_row< 64, 64, 2, 8, 4, 6, 1> {};  /* 161 */
 template <fa_variant V> struct backward_tile<256, V, false>        : backward_row< 64, 64, 2, 8, 4, 8, 1> {};  /* 209 */
 template <fa_variant V> struct backward_tile<128, V, true>         : backward_row< 32, 64, 2, 4, 2, 4, 2> {};
-template <fa_variant V> struct backward_tile<192, V, true>         : backward_row< 32, 64, 1, 8, 2, 2, 1> {};
+template <fa_variant V> struct backward_tile<192, V, true>         : backward_row< 64, 32, 1, 4, 4, 6, 1> {};
 template <fa_variant V> struct backward_tile<256, V, true>         : backward_row< 32, 32, 1, 4, 2, 4, 1> {};
 
 /* fp32, for every device. A warp has 16 or 32 queries forward, 16 keys backward; see fp32_backward.cuh for D = 256. */

@@ -25,6 +25,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         ROW_BYTES = 2 * D, KV_BYTES = BLOCK_N * ROW_BYTES, Q_BYTES = BLOCK_M * ROW_BYTES,
         SHARED_BYTES = Q_BYTES + 2 * STAGES * KV_BYTES,
     };
+    static constexpr float LARGEST_SHIFT = 4096.0f;         /* rounded to 2^-13: fp16 has 11 bits */
     static_assert(BLOCK_M % (16 * WARPS) == 0 && BLOCK_N % SUB_N == 0 && SUB_N % 16 == 0 && D % 32 == 0, "whole fragments");
 
     const fa_cuda_args &a;
@@ -124,7 +125,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     }
 
     /* S becomes P; max, sum and O follow. O is rescaled only where some row of the warp has a new maximum. All rows go through each
-     * step together: one row's maximum, shuffles and exponent are a long chain of waits. */
+     * step together: one row's maximum, shuffles and exponent are a long chain of waits. One FMA an exponent is exact enough while
+     * the rounding of c max is; of larger scores the maximum is taken off first. */
     __device__ __forceinline__ void softmax(float (&s)[MT][NT][4])
     {
         const float c = a.exponent_scale;
@@ -144,18 +146,37 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
                 moved |= top[m][half] > row_max[m][half];
             }
         if (__any_sync(0xffffffff, moved)) rescale(top);
+        float shift[MT][2];
+        bool huge = false;
         #pragma unroll
         for (int m = 0; m < MT; m++)
             #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const float shift = row_max[m][half] == -INFINITY ? 0.0f : row_max[m][half] * c;    /* no visible key yet: P = 0 */
+                shift[m][half] = row_max[m][half] == -INFINITY ? 0.0f : row_max[m][half] * c;       /* no visible key yet: P = 0 */
+                huge |= fabsf(shift[m][half]) > LARGEST_SHIFT;
+            }
+        if (huge) {
+            #pragma unroll
+            for (int m = 0; m < MT; m++)
+                #pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    if (fabsf(shift[m][half]) <= LARGEST_SHIFT) continue;
+                    #pragma unroll
+                    for (int x = 0; x < 2 * NT; x++) s[m][x / 2][2 * half + x % 2] -= row_max[m][half];
+                    shift[m][half] = 0.0f;
+                }
+        }
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
                 float sum = 0.0f;
                 #pragma unroll
                 for (int n = 0; n < NT; n++)
                     #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         float &x = s[m][n][2 * half + e];
-                        x = exp2_approx(fmaf(x, c, -shift));
+                        x = exp2_approx(fmaf(x, c, -shift[m][half]));
                         sum += x;
                     }
                 row_sum[m][half] += sum;
