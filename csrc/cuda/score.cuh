@@ -14,13 +14,14 @@ FA_DEVICE float tanh_of(float x)
     return 1.0f - 2.0f * rcp_approx(exp2_approx(x * 2.88539008f) + 1.0f);
 }
 
-/* The score in natural units: scale, softcap, ALiBi. `derivative` <- d score / d (scale q.k). */
+/* The score in natural units: scale, softcap, ALiBi. `derivative` <- d score / d (scale q.k). EXACT: to the last bits of fp32. */
+template <bool EXACT = false>
 FA_DEVICE float modify_score(const fa_cuda_args &a, float qk, float slope, int distance, float &derivative)
 {
     float s = qk * a.scale;
     derivative = 1.0f;
     if (a.softcap > 0) {
-        const float t = tanh_of(s * rcp_approx(a.softcap));
+        const float t = EXACT ? tanhf(s / a.softcap) : tanh_of(s * rcp_approx(a.softcap));
         s = t * a.softcap;
         derivative = 1.0f - t * t;
     }

@@ -3,12 +3,12 @@
  *     S^T = K Q^T    P = exp2(c S - lse2)    dV += P^T dO    dP^T = V dO^T    dS = P (dP - delta)    dK += dS^T Q    dQ += dS K
  *
  * The block walks over the query tiles that see its keys, for each query head of the group, last tile first. A warp owns 16 or 32
- * keys and all BLOCK_M queries: P^T and dS^T come out of the products as the left operands of dV's and dK's, in registers, and
- * only dS passes through shared memory, for dQ. dK and dV stay in registers to the end, so grouped heads need no second sum. dQ
- * goes to fp32 scratch: by atomic adds, or in the order of key tiles when dq must be deterministic.
- * D >= 192: dK and dV do not both fit. ROLES = 2: one half of the warps makes P, dV and dQ, the other dS and dK, for the same keys;
- * S is computed by both, so the price is one product of six.
- *     per query tile:   Q, dO of the next tile start loading | S, dP | P, dV | dS to shared memory, dK | barrier | dQ */
+ * keys. Q_WARPS warps share them: each computes S and dP of its share of the queries, and sums dV and dK of its share of the
+ * channels. P^T and dS^T come out of the products as left operands of dV's and dK's; those of the other warps' queries, and dS for
+ * dQ, pass through shared memory. Nearly square pieces of S, dV and dK read the fewest bytes of shared memory, which is what binds.
+ * dK and dV stay in registers to the end, so grouped heads need no second sum. dQ goes to fp32 scratch: by atomic adds, or in the
+ * order of key tiles when dq must be deterministic.
+ *     per query tile:   Q, dO of the next tile start loading | S, dP | P, dS; dV, dK of own queries | barrier | of the others | dQ */
 #ifndef FA_SM80_BACKWARD_CUH
 #define FA_SM80_BACKWARD_CUH
 
@@ -21,41 +21,39 @@
 
 template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct backward {
     enum : int {
-        WARPS = Tile::WARPS, ROLES = Tile::ROLES, THREADS = 32 * WARPS, KEY_WARPS = WARPS / ROLES,
+        WARPS = Tile::WARPS, Q_WARPS = Tile::Q_WARPS, KEY_WARPS = WARPS / Q_WARPS, THREADS = 32 * WARPS,
         BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, STAGES = Tile::STAGES,
         KEYS = BLOCK_N / KEY_WARPS, KT = KEYS / 16,                 /* keys of a warp; 16-key pieces of them */
-        NT = BLOCK_M / 8, DT = D / 8, SUMS = 2 / ROLES,             /* SUMS of dV and dK in a warp's registers */
-        DQ_M = BLOCK_M < 32 ? BLOCK_M : 32, DQ_WM = BLOCK_M / DQ_M, DQ_WN = KEY_WARPS / DQ_WM, DQ_DT = DT / DQ_WN, DQ_STEP = D >= 128 && DQ_DT % 4 == 0 ? 4 : DQ_DT,
+        QUERIES = BLOCK_M / Q_WARPS, NT = QUERIES / 8,              /* of a warp's S and dP */
+        CHANNELS = D / Q_WARPS, DT = CHANNELS / 8,                  /* of a warp's dV and dK */
+        DQ_M = 32, DQ_WM = BLOCK_M / DQ_M, DQ_WN = WARPS / DQ_WM, DQ_DT = D / 8 / DQ_WN, DQ_STEP = Tile::DQ_STEP,
         KV_BYTES = BLOCK_N * D * 2, Q_BYTES = BLOCK_M * D * 2, STAGE_BYTES = 2 * Q_BYTES + 2 * 4 * BLOCK_M,
-        DS_BYTES = BLOCK_N * BLOCK_M * 2, SHARED_BYTES = 2 * KV_BYTES + STAGES * STAGE_BYTES + DS_BYTES,
+        DS_BYTES = BLOCK_N * BLOCK_M * 2, P_BYTES = Q_WARPS > 1 ? DS_BYTES : 0,
+        SHARED_BYTES = 2 * KV_BYTES + STAGES * STAGE_BYTES + DS_BYTES + P_BYTES,
         BIAS_TILE_BYTES = BLOCK_M * BLOCK_N * 2, BIAS_BYTES = STAGES * BIAS_TILE_BYTES,
     };
-    static_assert(KEYS % 16 == 0 && BLOCK_M % 32 == 0 && DQ_WM * DQ_WN == KEY_WARPS && DQ_DT % 2 == 0, "whole fragments");
+    static_assert(KEYS % 16 == 0 && QUERIES % 16 == 0 && CHANNELS % 16 == 0, "whole fragments of S, dP, dV, dK");
+    static_assert(BLOCK_M % DQ_M == 0 && DQ_WM * DQ_WN == WARPS && DQ_DT % DQ_STEP == 0 && DQ_STEP % 2 == 0, "and of dQ");
 
     const fa_cuda_args &a;
-    const int lane, key_warp, role, b, kv_head, j0;                 /* j0: first key of the block */
+    const int lane, key_warp, q_warp, b, kv_head, j0;               /* j0: first key of the block */
     const sequence seq;
-    const uint32_t k_tile, v_tile, ds_tile, stages, bias_tiles;
+    const uint32_t k_tile, v_tile, ds_tile, p_tile, stages, bias_tiles;
     int m_first, m_last;                                            /* query tiles [first, last) */
-    float sum[SUMS][KT][DT][4];                                     /* dV, dK, or the one of this warp's role */
+    float dv[KT][DT][4], dk[KT][DT][4];
 
     __device__ __forceinline__ backward(const fa_cuda_args &args, int batch, int kv, int n, uint32_t shared)
-        : a(args), lane(threadIdx.x & 31), key_warp((threadIdx.x >> 5) % KEY_WARPS), role((threadIdx.x >> 5) / KEY_WARPS),
-          b(batch), kv_head(kv), j0(n * BLOCK_N), seq(sequence_of(args.p, batch)),
-          k_tile(shared), v_tile(shared + KV_BYTES), ds_tile(shared + 2 * KV_BYTES), stages(ds_tile + DS_BYTES), bias_tiles(shared + SHARED_BYTES)
+        : a(args), lane(threadIdx.x & 31), key_warp((threadIdx.x >> 5) % KEY_WARPS), q_warp((threadIdx.x >> 5) / KEY_WARPS),
+          b(batch), kv_head(kv), j0(n * BLOCK_N), seq(sequence_of(args.p, batch)), k_tile(shared), v_tile(shared + KV_BYTES),
+          ds_tile(shared + 2 * KV_BYTES), p_tile(ds_tile + DS_BYTES), stages(p_tile + P_BYTES), bias_tiles(shared + SHARED_BYTES)
     {
         #pragma unroll
-        for (int x = 0; x < SUMS; x++)
+        for (int k = 0; k < KT; k++)
             #pragma unroll
-            for (int k = 0; k < KT; k++)
+            for (int j = 0; j < DT; j++)
                 #pragma unroll
-                for (int j = 0; j < DT; j++)
-                    #pragma unroll
-                    for (int e = 0; e < 4; e++) sum[x][k][j][e] = 0.0f;
+                for (int e = 0; e < 4; e++) dv[k][j][e] = dk[k][j][e] = 0.0f;
     }
-
-    __device__ __forceinline__ bool makes_dv() const { return ROLES == 1 || role == 0; }
-    __device__ __forceinline__ bool makes_dk() const { return ROLES == 1 || role == 1; }
 
     __device__ __forceinline__ rows_of keys(const fa_tensor &t, int d, bool aligned) const
     {
@@ -109,7 +107,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
         cp_async_commit();
     }
 
-    /* C^T (KEYS, BLOCK_M) = left right^T: left is this warp's rows of a key tile, right a query tile. */
+    /* C^T (KEYS, QUERIES) = left right^T: this warp's rows of a key tile and of a query tile. */
     __device__ __forceinline__ void product(float (&c)[KT][NT][4], uint32_t left, uint32_t right)
     {
         #pragma unroll
@@ -118,7 +116,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
             for (int n = 0; n < NT; n++)
                 #pragma unroll
                 for (int e = 0; e < 4; e++) c[k][n][e] = 0.0f;
-        const uint32_t x_at = left + key_warp * KEYS * D * 2 + lane_a<D>(lane), y_at = right + lane_b<D>(lane);
+        const uint32_t x_at = left + key_warp * KEYS * D * 2 + lane_a<D>(lane), y_at = right + q_warp * QUERIES * D * 2 + lane_b<D>(lane);
         #pragma unroll (D >= 64 ? 2 : D / 16)           /* more at a time spills */
         for (int d = 0; d < D / 16; d++) {
             uint32_t x[KT][4];
@@ -137,36 +135,56 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
         }
     }
 
-    /* out (KEYS, D) += x (KEYS, BLOCK_M) right (BLOCK_M, D), x packed as left operands. */
-    __device__ __forceinline__ void accumulate(float (&out)[KT][DT][4], const uint32_t (&x)[KT][NT / 2][4], uint32_t right)
+    /* out (KEYS, CHANNELS) += x (KEYS, 16) right (16, CHANNELS): 16 queries from row `query` of the tile. */
+    __device__ __forceinline__ void accumulate(float (&out)[KT][DT][4], const uint32_t (&x)[KT][4], uint32_t right, int query)
     {
-        const uint32_t y_at = right + lane_b_trans<D>(lane);
+        const uint32_t y_at = right + query * D * 2 + lane_b_trans<D>(lane);
         #pragma unroll
-        for (int q = 0; q < NT / 2; q++)
+        for (int j = 0; j < DT; j += 2) {
+            uint32_t y[4];
+            ldmatrix_trans(y, step<D>(y_at, q_warp * (DT / 2) + j / 2));
             #pragma unroll
-            for (int j = 0; j < DT; j += 2) {
-                uint32_t y[4];
-                ldmatrix_trans(y, step<D>(y_at, j / 2) + q * 16 * D * 2);
-                #pragma unroll
-                for (int k = 0; k < KT; k++) {
-                    mma<T>(out[k][j], x[k][q], y[0], y[1]);
-                    mma<T>(out[k][j + 1], x[k][q], y[2], y[3]);
-                }
+            for (int k = 0; k < KT; k++) {
+                mma<T>(out[k][j], x[k], y[0], y[1]);
+                mma<T>(out[k][j + 1], x[k], y[2], y[3]);
             }
+        }
+    }
+    /* The share of this warp's own queries, x packed as left operands. */
+    __device__ __forceinline__ void accumulate_own(float (&out)[KT][DT][4], const uint32_t (&x)[NT / 2][KT][4], uint32_t right)
+    {
+        #pragma unroll
+        for (int q = 0; q < NT / 2; q++) accumulate(out, x[q], right, q_warp * QUERIES + q * 16);
+    }
+    /* The share of the other warps' queries, x (BLOCK_N, BLOCK_M) in shared memory. */
+    __device__ __forceinline__ void accumulate_others(float (&out)[KT][DT][4], uint32_t x_tile, uint32_t right)
+    {
+        const uint32_t x_at = x_tile + key_warp * KEYS * BLOCK_M * 2 + lane_a<BLOCK_M>(lane);
+        #pragma unroll
+        for (int other = 1; other < Q_WARPS; other++) {
+            const int warp = (q_warp + other) % Q_WARPS;
+            #pragma unroll
+            for (int q = 0; q < NT / 2; q++) {
+                uint32_t x[KT][4];
+                #pragma unroll
+                for (int k = 0; k < KT; k++) ldmatrix(x[k], step<BLOCK_M>(x_at, warp * (NT / 2) + q) + k * 16 * BLOCK_M * 2);
+                accumulate(out, x, right, warp * QUERIES + q * 16);
+            }
+        }
     }
 
-    __device__ __forceinline__ void pack_left(uint32_t (&x)[KT][NT / 2][4], const float (&c)[KT][NT][4])
+    __device__ __forceinline__ void pack_left(uint32_t (&x)[NT / 2][KT][4], const float (&c)[KT][NT][4])
     {
         #pragma unroll
         for (int k = 0; k < KT; k++)
             #pragma unroll
             for (int n = 0; n < NT; n++) {
-                x[k][n / 2][n % 2 * 2] = pack<T>(c[k][n][0], c[k][n][1]);
-                x[k][n / 2][n % 2 * 2 + 1] = pack<T>(c[k][n][2], c[k][n][3]);
+                x[n / 2][k][n % 2 * 2] = pack<T>(c[k][n][0], c[k][n][1]);
+                x[n / 2][k][n % 2 * 2 + 1] = pack<T>(c[k][n][2], c[k][n][3]);
             }
     }
 
-    /* Query and key of element e of accumulator (k, n). */
+    /* Query and key of element e of accumulator (k, n); i0: this warp's first query. */
     __device__ __forceinline__ int query(int i0, int n, int e) const { return i0 + n * 8 + (lane & 3) * 2 + e % 2; }
     __device__ __forceinline__ int key(int k, int e) const { return j0 + key_warp * KEYS + k * 16 + (lane >> 2) + e / 2 * 8; }
 
@@ -174,7 +192,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     __device__ __forceinline__ void add_staged_bias(float (&c0)[4], float (&c1)[4], int k, int n, uint32_t bias_tile)
     {
         uint32_t x[4];
-        ldmatrix_trans(x, step<BLOCK_N>(bias_tile + lane_a_trans<BLOCK_N>(lane), key_warp * KT + k) + n * 8 * BLOCK_N * 2);
+        const uint32_t at = step<BLOCK_N>(bias_tile + lane_a_trans<BLOCK_N>(lane), key_warp * KT + k);
+        ldmatrix_trans(x, at + (q_warp * QUERIES + n * 8) * BLOCK_N * 2);
         add_piece<T>(c0, c1, x, a.bias_scale);
     }
     __device__ __forceinline__ void add_bias(float (&c0)[4], float (&c1)[4], int k, int n, int head, int i0)
@@ -191,59 +210,66 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     }
 
     /* 0 where the mask hides the key: from P^T, and from P^T times the score's derivative. */
-    __device__ __forceinline__ void hide(float (&s)[KT][NT][4], uint32_t (&left)[KT][NT / 2][4], int head, int i0)
+    __device__ __forceinline__ void hide(float (&s)[KT][NT][4], uint32_t (&left)[NT / 2][KT][4], int head, int i0)
     {
         const int plane = mask_plane(a.mask, b, head);
         #pragma unroll
-        for (int k = 0; k < KT; k++)
+        for (int n = 0; n < NT; n++)
             #pragma unroll
-            for (int n = 0; n < NT; n++)
+            for (int c = 0; c < 2; c++) {
+                const int i = min(query(i0, n, c), seq.sq - 1), j = j0 + key_warp * KEYS;
+                uint32_t word = 0;
                 #pragma unroll
-                for (int c = 0; c < 2; c++) {
-                    const int i = min(query(i0, n, c), seq.sq - 1), j = j0 + key_warp * KEYS + k * 16;
-                    const uint32_t word = mask_word(a.mask, plane, i, j) >> (j % 32 + (lane >> 2));
+                for (int k = 0; k < KT; k++) {
+                    if (k % 2 == 0) word = mask_word(a.mask, plane, i, j + k * 16) >> (j % 32 + (lane >> 2));   /* KT > 1: j % 32 = 0 */
                     #pragma unroll
                     for (int half = 0; half < 2; half++)
-                        if (!(word >> half * 8 & 1)) {
+                        if (!(word >> (k % 2 * 16 + half * 8) & 1)) {
                             s[k][n][2 * half + c] = 0.0f;
-                            left[k][n / 2][n % 2 * 2 + half] &= c ? 0x0000ffff : 0xffff0000;
+                            left[n / 2][k][n % 2 * 2 + half] &= c ? 0x0000ffff : 0xffff0000;
                         }
                 }
+            }
     }
 
     /* S^T becomes P^T: packed for dV in `left`, and times the score's derivative in s for dS. */
-    template <bool MASKED> __device__ __forceinline__ void probabilities(float (&s)[KT][NT][4], uint32_t (&left)[KT][NT / 2][4],
-                                                                        int head, int i0, const float *lse2, uint32_t bias_tile)
+    template <bool MASKED> __device__ __forceinline__ void probabilities(float (&s)[KT][NT][4], uint32_t (&left)[NT / 2][KT][4],
+                                                                        int head, int i0, uint32_t lse2_row, uint32_t bias_tile)
     {
         const bool mods = has_score_mod<VARIANT>(a);
         const float slope = mods ? alibi_slope(a, b, head) : 0.0f;
         #pragma unroll
-        for (int k = 0; k < KT; k++)
+        for (int n = 0; n < NT; n += 2) {
+            float2 lse2[2];
             #pragma unroll
-            for (int n = 0; n < NT; n += 2) {                       /* a piece of 16 keys x 16 queries */
+            for (int x = 0; x < 2; x++) lse2[x] = load_shared_8(lse2_row + (n + x) * 32 + (lane & 3) * 8);
+            #pragma unroll
+            for (int k = 0; k < KT; k++) {                          /* a piece of 16 keys x 16 queries */
                 float derivative[8];
                 if (mods) {
                     #pragma unroll
-                    for (int x = 0; x < 8; x++)
-                        s[k][n + x / 4][x % 4] = modify_score(a, s[k][n + x / 4][x % 4], slope, query(i0, n + x / 4, x % 4) + seq.sk - seq.sq - key(k, x % 4),
-                                                              derivative[x]);
+                    for (int x = 0; x < 8; x++) {
+                        float &score = s[k][n + x / 4][x % 4];
+                        score = modify_score(a, score, slope, query(i0, n + x / 4, x) + seq.sk - seq.sq - key(k, x % 4), derivative[x]);
+                    }
                 }
                 if (VARIANT != FA_PLAIN && a.bias_staged) add_staged_bias(s[k][n], s[k][n + 1], k, n, bias_tile);
                 else if (MASKED && has_bias<VARIANT>(a)) add_bias(s[k][n], s[k][n + 1], k, n, head, i0);
                 #pragma unroll
                 for (int x = 0; x < 8; x++) {
-                    const int column = n * 8 + x / 4 * 8 + (lane & 3) * 2 + x % 2, j = key(k, x % 4);
+                    const int i = query(i0, n + x / 4, x), j = key(k, x % 4);
                     float &score = s[k][n + x / 4][x % 4];
-                    score = exp2_approx(fmaf(score, a.exponent_scale, -lse2[column]));
-                    if (MASKED && (j < first_key(a, seq, i0 + column) || j >= last_key(a, seq, i0 + column))) score = 0.0f;
+                    score = exp2_approx(fmaf(score, a.exponent_scale, x % 2 ? -lse2[x / 4].y : -lse2[x / 4].x));
+                    if (MASKED && (j < first_key(a, seq, i) || j >= last_key(a, seq, i))) score = 0.0f;
                 }
                 #pragma unroll
-                for (int r = 0; r < 4; r++) left[k][n / 2][r] = pack<T>(s[k][n + r / 2][r % 2 * 2], s[k][n + r / 2][r % 2 * 2 + 1]);
+                for (int r = 0; r < 4; r++) left[n / 2][k][r] = pack<T>(s[k][n + r / 2][r % 2 * 2], s[k][n + r / 2][r % 2 * 2 + 1]);
                 if (mods) {
                     #pragma unroll
                     for (int x = 0; x < 8; x++) s[k][n + x / 4][x % 4] *= derivative[x];
                 }
             }
+        }
         if (MASKED && has_mask<VARIANT>(a)) hide(s, left, head, i0);
     }
 
@@ -264,7 +290,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
             }
     }
 
-    __device__ __forceinline__ void store_ds(const uint32_t (&ds)[KT][NT / 2][4])
+    /* This warp's part of P^T or dS^T (BLOCK_N, BLOCK_M) to shared memory. */
+    __device__ __forceinline__ void share(uint32_t tile, const uint32_t (&x)[NT / 2][KT][4])
     {
         #pragma unroll
         for (int k = 0; k < KT; k++)
@@ -273,14 +300,14 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
                 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const int row = key_warp * KEYS + k * 16 + half * 8 + (lane >> 2);
-                    store_shared_4(ds_tile + tile_offset<BLOCK_M>(row, n) + (lane & 3) * 4, ds[k][n / 2][n % 2 * 2 + half]);
+                    store_shared_4(tile + tile_offset<BLOCK_M>(row, q_warp * NT + n) + (lane & 3) * 4, x[n / 2][k][n % 2 * 2 + half]);
                 }
     }
 
     /* dQ (BLOCK_M, D) += dS K: this warp's DQ_M queries x 8 DQ_DT channels, 8 DQ_STEP at a time. */
     __device__ __forceinline__ void add_dq(int head, int m)
     {
-        const int row0 = key_warp % DQ_WM * DQ_M, column0 = key_warp / DQ_WM * DQ_DT;
+        const int warp = q_warp * KEY_WARPS + key_warp, row0 = warp % DQ_WM * DQ_M, column0 = warp / DQ_WM * DQ_DT;
         const int64_t row = padded_row(a, seq, b, head) + m * BLOCK_M + row0;
         const uint32_t x_at = ds_tile + lane_a_trans<BLOCK_M>(lane), y_at = k_tile + lane_b_trans<D>(lane);
         #pragma unroll 1
@@ -336,56 +363,57 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     }
 
     /* Register r of a left operand: keys' half r % 2, queries' half r / 2; byte 2 (query half) + (key half) of the flags. */
-    __device__ __forceinline__ void drop(uint32_t (&left)[KT][NT / 2][4], const uint32_t (&flags)[KT][NT / 2][2])
+    __device__ __forceinline__ void drop(uint32_t (&left)[NT / 2][KT][4], const uint32_t (&flags)[KT][NT / 2][2])
     {
         #pragma unroll
         for (int k = 0; k < KT; k++)
             #pragma unroll
-            for (int x = 0; x < 2 * NT; x++) left[k][x / 4][x % 4] &= ~dropped_pair(flags[k][x / 4], x % 4 / 2 * 2 + x % 2);
+            for (int x = 0; x < 2 * NT; x++) left[x / 4][k][x % 4] &= ~dropped_pair(flags[k][x / 4], x % 4 / 2 * 2 + x % 2);
     }
 
     /* dS = P (Z dP - delta), in dp; s holds P times the score's derivative. */
     __device__ __forceinline__ void score_gradients(float (&dp)[KT][NT][4], const float (&s)[KT][NT][4],
-                                                    const uint32_t (&flags)[KT][NT / 2][2], const float *delta)
+                                                    const uint32_t (&flags)[KT][NT / 2][2], uint32_t delta_row)
     {
         #pragma unroll
-        for (int k = 0; k < KT; k++)
+        for (int n = 0; n < NT; n++) {
+            const float2 delta = load_shared_8(delta_row + n * 32 + (lane & 3) * 8);
             #pragma unroll
-            for (int n = 0; n < NT; n++)
+            for (int k = 0; k < KT; k++)
                 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    const float shift = delta[n * 8 + (lane & 3) * 2 + e % 2];
                     float x = dp[k][n][e];
                     if (VARIANT == FA_DROPOUT) {
                         const uint32_t dropped = dropped_one(flags[k][n / 2][e % 2], 2 * (n % 2) + e / 2);
                         x = __uint_as_float(__float_as_uint(x) & ~dropped) * a.kept;
                     }
-                    dp[k][n][e] = s[k][n][e] * (x - shift);
+                    dp[k][n][e] = s[k][n][e] * (x - (e % 2 ? delta.y : delta.x));
                 }
+        }
     }
 
-    template <bool MASKED> __device__ __forceinline__ void gradients(int head, int m, int stage, const float *lse2)
+    /* P, dS, and what follows from them without other warps. i0: this warp's first query. */
+    template <bool MASKED> __device__ __forceinline__ void gradients(int head, int i0, int stage)
     {
-        const uint32_t q_tile = stages + stage * STAGE_BYTES, dout_tile = q_tile + Q_BYTES;
+        const uint32_t q_tile = stages + stage * STAGE_BYTES, dout_tile = q_tile + Q_BYTES, lse2_row = dout_tile + Q_BYTES + q_warp * QUERIES * 4;
         float s[KT][NT][4], dp[KT][NT][4];
-        uint32_t flags[KT][NT / 2][2], left[KT][NT / 2][4];
+        uint32_t flags[KT][NT / 2][2], left[NT / 2][KT][4];
         product(s, k_tile, q_tile);
-        if (makes_dk()) product(dp, v_tile, dout_tile);
-        probabilities<MASKED>(s, left, head, m * BLOCK_M, lse2, bias_tiles + stage * BIAS_TILE_BYTES);
+        product(dp, v_tile, dout_tile);
+        probabilities<MASKED>(s, left, head, i0, lse2_row, bias_tiles + stage * BIAS_TILE_BYTES);
         if (VARIANT == FA_DROPOUT) {
-            dropout_flags(flags, head, m * BLOCK_M);
-            if (makes_dv()) drop(left, flags);
+            dropout_flags(flags, head, i0);
+            drop(left, flags);
         }
-        if (makes_dv()) accumulate(sum[0], left, dout_tile);
-        if (makes_dk()) {
-            score_gradients(dp, s, flags, lse2 + BLOCK_M);
-            pack_left(left, dp);
-            store_ds(left);
-            accumulate(sum[SUMS - 1], left, q_tile);
-        }
+        if (Q_WARPS > 1) share(p_tile, left);
+        accumulate_own(dv, left, dout_tile);
+        score_gradients(dp, s, flags, lse2_row + BLOCK_M * 4);
+        pack_left(left, dp);
+        share(ds_tile, left);
+        accumulate_own(dk, left, q_tile);
     }
 
-    __device__ __forceinline__ void run(const uint8_t *shared)
+    __device__ __forceinline__ void run()
     {
         load_tile<BLOCK_N, D, THREADS>(k_tile, keys(a.p.k, (int)a.p.d, a.aligned_k));
         load_tile<BLOCK_N, D, THREADS>(v_tile, keys(a.p.v, (int)a.p.d_v, a.aligned_v));
@@ -393,43 +421,46 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
         load_stage(ahead, 0);
         for (int stage = 0; !done(at); at = ahead, stage ^= STAGES - 1) {
             const int i0 = at.m * BLOCK_M, i_end = min(i0 + BLOCK_M, seq.sq) - 1;
-            const float *lse2 = (const float *)(shared + (stages - k_tile) + stage * STAGE_BYTES + 2 * Q_BYTES);
+            const uint32_t here = stages + stage * STAGE_BYTES;
             cp_async_wait<0>();
             __syncthreads();                        /* the tile is here for all, and all are done with the one before */
             ahead = next(at);
             if (STAGES > 1) load_stage(ahead, stage ^ 1);
             const bool whole = first_key(a, seq, i_end) <= j0 && last_key(a, seq, i0) >= j0 + BLOCK_N && needs_no_mask(at);
-            if (whole) gradients<false>(at.head, at.m, stage, lse2);
-            else gradients<true>(at.head, at.m, stage, lse2);
-            __syncthreads();                        /* dS is here for all, and all are done with Q and dO */
-            if (STAGES == 1) load_stage(ahead, 0);
+            if (whole) gradients<false>(at.head, i0 + q_warp * QUERIES, stage);
+            else gradients<true>(at.head, i0 + q_warp * QUERIES, stage);
+            __syncthreads();                        /* P and dS are here for all */
+            accumulate_others(dv, p_tile, here + Q_BYTES);
+            accumulate_others(dk, ds_tile, here);
+            if (STAGES == 1) {
+                if (Q_WARPS > 1) __syncthreads();   /* all are done with Q and dO */
+                load_stage(ahead, 0);
+            }
             if (a.p.deterministic) wait_for_turn(at.head, at.m);
-            if (makes_dv()) add_dq(at.head, at.m);
+            add_dq(at.head, at.m);
             if (a.p.deterministic) pass_turn(at.head, at.m);
         }
         cp_async_wait<0>();
         __syncthreads();
     }
 
-    /* dK or dV of this warp's keys, through the rows of `tile` that no other warp touches. Keys in no use get 0. */
+    /* dK or dV of this block's keys, through a tile that no one reads any more. Keys in no use get 0. */
     __device__ __forceinline__ void store(const float (&x)[KT][DT][4], uint32_t tile, float factor, const fa_tensor &t, int d, bool aligned)
     {
-        const uint32_t own = tile + key_warp * KEYS * D * 2;
         #pragma unroll
         for (int k = 0; k < KT; k++)
             #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int row = k * 16 + half * 8 + (lane >> 2);
-                const float scale = j0 + key_warp * KEYS + row < seq.sk ? factor : 0.0f;
+                const int row = key_warp * KEYS + k * 16 + half * 8 + (lane >> 2);
+                const float scale = j0 + row < seq.sk ? factor : 0.0f;
                 #pragma unroll
                 for (int j = 0; j < DT; j++)
-                    store_shared_4(own + tile_offset<D>(row, j) + (lane & 3) * 4,
+                    store_shared_4(tile + tile_offset<D>(row, q_warp * DT + j) + (lane & 3) * 4,
                                    pack<T>(x[k][j][2 * half] * scale, x[k][j][2 * half + 1] * scale));
             }
-        __syncwarp();
-        const int first = j0 + key_warp * KEYS;
-        uint16_t *to = (uint16_t *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + first) * t.stride_s + kv_head * t.stride_h;
-        store_tile<KEYS, D, 32>(own, lane, to, t.stride_s, seq.k_rows - first, d, aligned);
+        __syncthreads();
+        uint16_t *to = (uint16_t *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + j0) * t.stride_s + kv_head * t.stride_h;
+        store_tile<BLOCK_N, D, THREADS>(tile, threadIdx.x, to, t.stride_s, seq.k_rows - j0, d, aligned);
     }
 };
 
@@ -446,11 +477,9 @@ __global__ void __launch_bounds__(32 * Tile::WARPS, Tile::BLOCKS) backward_kerne
     const bool used = block.j0 < block.seq.sk;
     block.m_first = used ? first_query(a, block.seq, block.j0) / kernel::BLOCK_M : 0;
     block.m_last = used ? (max(last_query(a, block.seq, j_end), 0) + kernel::BLOCK_M - 1) / kernel::BLOCK_M : 0;
-    block.run(shared);
-    if (block.makes_dv())
-        block.store(block.sum[0], block.v_tile, VARIANT == FA_DROPOUT ? a.kept : 1.0f, a.p.dv, (int)a.p.d_v, a.aligned_dv);
-    if (block.makes_dk())
-        block.store(block.sum[kernel::SUMS - 1], block.k_tile, a.scale, a.p.dk, (int)a.p.d, a.aligned_dk);
+    block.run();
+    block.store(block.dv, block.v_tile, VARIANT == FA_DROPOUT ? a.kept : 1.0f, a.p.dv, (int)a.p.d_v, a.aligned_dv);
+    block.store(block.dk, block.k_tile, a.scale, a.p.dk, (int)a.p.d, a.aligned_dk);
 }
 
 #endif

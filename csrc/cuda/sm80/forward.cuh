@@ -27,8 +27,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         ROW_BYTES = 2 * D, KV_BYTES = BLOCK_N * ROW_BYTES, Q_BYTES = BLOCK_M * ROW_BYTES,
         SHARED_BYTES = Q_BYTES + 2 * STAGES * KV_BYTES, BIAS_TILE_BYTES = BLOCK_M * BLOCK_N * 2, BIAS_BYTES = STAGES * BIAS_TILE_BYTES,
     };
+    static constexpr float LARGEST_SHIFT = 4096.0f;         /* rounded to 2^-13: fp16 has 11 bits */
     static_assert(BLOCK_M % (16 * WARPS) == 0 && BLOCK_N % SUB_N == 0 && SUB_N % 32 == 0 && D % 32 == 0, "whole fragments");
-    static_assert(STAGES == 2, "a tile is worked with, the next one loads");
 
     const fa_cuda_args &a;
     const int lane, warp, b, head, kv_head, i0;             /* i0: first query of the block */
@@ -61,15 +61,17 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         return { (const uint16_t *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + n * BLOCK_N) * t.stride_s + kv_head * t.stride_h, t.stride_s,
                  seq.sk - n * BLOCK_N, d, aligned };
     }
-    __device__ __forceinline__ void load_stage(int n, int stage)
+    __device__ __forceinline__ void load_k(int n, int stage)
     {
-        if (n >= n_first) {
-            load_tile<BLOCK_N, D, THREADS>(k_tiles + stage * KV_BYTES, keys(a.p.k, n, (int)a.p.d, a.aligned_k));
-            load_tile<BLOCK_N, D, THREADS>(v_tiles + stage * KV_BYTES, keys(a.p.v, n, (int)a.p.d_v, a.aligned_v));
-            if (VARIANT != FA_PLAIN && a.bias_staged)
-                load_tile<BLOCK_M, BLOCK_N, THREADS>(bias_tiles + stage * BIAS_TILE_BYTES, bias_rows<BLOCK_N>(a, seq, b, head, i0, n * BLOCK_N));
-        }
-        cp_async_commit();
+        if (n >= n_first) load_tile<BLOCK_N, D, THREADS>(k_tiles + stage * KV_BYTES, keys(a.p.k, n, (int)a.p.d, a.aligned_k));
+    }
+    /* And the bias, which is wanted no sooner. */
+    __device__ __forceinline__ void load_v(int n, int stage)
+    {
+        if (n < n_first) return;
+        load_tile<BLOCK_N, D, THREADS>(v_tiles + stage * KV_BYTES, keys(a.p.v, n, (int)a.p.d_v, a.aligned_v));
+        if (VARIANT != FA_PLAIN && a.bias_staged)
+            load_tile<BLOCK_M, BLOCK_N, THREADS>(bias_tiles + stage * BIAS_TILE_BYTES, bias_rows<BLOCK_N>(a, seq, b, head, i0, n * BLOCK_N));
     }
 
     /* The tile to work with after n: the one before it that the mask shows a key of. */
@@ -190,7 +192,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     }
 
     /* S becomes P; max, sum and O follow. O is rescaled only where some row of the warp has a new maximum. All rows go through each
-     * step together: one row's maximum, shuffles and exponent are a long chain of waits. */
+     * step together: one row's maximum, shuffles and exponent are a long chain of waits. One FMA an exponent is exact enough while
+     * the rounding of c max is; of larger scores the maximum is taken off first. */
     __device__ __forceinline__ void softmax(float (&s)[MT][NT][4])
     {
         const float c = a.exponent_scale;
@@ -210,26 +213,37 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
                 moved |= top[m][half] > row_max[m][half];
             }
         if (__any_sync(0xffffffff, moved)) rescale(top);
+        float shift[MT][2];
+        bool huge = false;
         #pragma unroll
         for (int m = 0; m < MT; m++)
             #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const float shift = row_max[m][half] == -INFINITY ? 0.0f : row_max[m][half] * c;    /* no visible key yet: P = 0 */
-                if (has_bias<VARIANT>(a) && isinf(shift)) {         /* a finite maximum as large as floats are, from the bias */
+                shift[m][half] = row_max[m][half] == -INFINITY ? 0.0f : row_max[m][half] * c;       /* no visible key yet: P = 0 */
+                huge |= fabsf(shift[m][half]) > LARGEST_SHIFT;
+            }
+        if (huge) {
+            #pragma unroll
+            for (int m = 0; m < MT; m++)
+                #pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    if (fabsf(shift[m][half]) <= LARGEST_SHIFT) continue;
                     #pragma unroll
-                    for (int x = 0; x < 2 * NT; x++) {
-                        float &score = s[m][x / 2][2 * half + x % 2];
-                        score = fmaxf(score - row_max[m][half], -1e30f);
-                    }
+                    for (int x = 0; x < 2 * NT; x++) s[m][x / 2][2 * half + x % 2] -= row_max[m][half];
+                    shift[m][half] = 0.0f;
                 }
-                const float offset = has_bias<VARIANT>(a) && isinf(shift) ? 0.0f : -shift;
+        }
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
                 float sum = 0.0f;
                 #pragma unroll
                 for (int n = 0; n < NT; n++)
                     #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         float &x = s[m][n][2 * half + e];
-                        x = exp2_approx(fmaf(x, c, offset));
+                        x = exp2_approx(fmaf(x, c, -shift[m][half]));
                         sum += x;
                     }
                 row_sum[m][half] += sum;
@@ -294,17 +308,25 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         }
     }
 
-    /* Tile n, which lies in `stage`, while the one after it loads; that one's number comes back. */
+    /* Tile n, in `stage`, while the one after it loads, whose number comes back. */
     template <bool MASKED> __device__ __forceinline__ int tile(int n, int stage)
     {
         const uint32_t k_tile = k_tiles + stage * KV_BYTES, v_tile = v_tiles + stage * KV_BYTES;
-        const int after = tile_after(n);
+        const int after = tile_after(n), other = stage ^ (STAGES - 1);
         cp_async_wait<0>();
-        __syncthreads();                            /* tile n is here for all, and all are done with the one before */
-        load_stage(after, stage ^ 1);
+        __syncthreads();                            /* tile n (one stage: K(n)) is here for all, and all are done with the one before */
+        if (STAGES > 1) load_k(after, other);
+        load_v(STAGES > 1 ? after : n, other);
+        cp_async_commit();
         float s[SUBS][MT][NT][4];
         #pragma unroll
         for (int sub = 0; sub < SUBS; sub++) scores(s[sub], k_tile, sub * SUB_N);
+        if (STAGES == 1) {
+            cp_async_wait<0>();
+            __syncthreads();                        /* V(n) is here for all, and all are done with K(n) */
+            load_k(after, other);
+            cp_async_commit();
+        }
         #pragma unroll
         for (int sub = 0; sub < SUBS; sub++) {
             const int j0 = n * BLOCK_N + sub * SUB_N;
@@ -317,17 +339,19 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         return after;
     }
 
-    /* Tiles from `n_last - 1` down to `n_first`; those in [whole_first, whole_last) every row of the block sees whole. */
+    /* Tiles from `n_last - 1` down to `n_first`; those in [whole_first, whole_last) every row of the block sees whole but for the mask. */
     __device__ __forceinline__ void run()
     {
         const int i_end = min(i0 + BLOCK_M, seq.sq) - 1;
         const int whole_first = (first_key(a, seq, i_end) + BLOCK_N - 1) / BLOCK_N, whole_last = max(last_key(a, seq, i0), 0) / BLOCK_N;
-        load_tile<BLOCK_M, D, THREADS>(q_tile, query_rows());
         int n = tile_after(n_last), stage = 0;
-        load_stage(n, stage);
+        load_tile<BLOCK_M, D, THREADS>(q_tile, query_rows());
+        load_k(n, stage);
+        if (STAGES > 1) load_v(n, stage);
+        cp_async_commit();
         while (n >= n_first) {
-            for (; n >= n_first && (n >= whole_last || n < whole_first || !needs_no_mask(n)); stage ^= 1) n = tile<true>(n, stage);
-            for (; n >= n_first && n >= whole_first && needs_no_mask(n); stage ^= 1) n = tile<false>(n, stage);
+            for (; n >= n_first && (n >= whole_last || n < whole_first || !needs_no_mask(n)); stage ^= STAGES - 1) n = tile<true>(n, stage);
+            for (; n >= n_first && n >= whole_first && needs_no_mask(n); stage ^= STAGES - 1) n = tile<false>(n, stage);
         }
         cp_async_wait<0>();
     }

@@ -3,8 +3,10 @@
  *     x = big + small         big: x rounded to the 11 bits of tf32; small = x - big, exact
  *     a b ~ small_a big_b + big_a small_b + big_a big_b        what is left out is below 2^-22 a b
  *
+ * tf32 ends where fp32's subnormal numbers have 13 bits more, so the tensor cores see 2^13 small: what x has below big is above
+ * their last bit then, down to the smallest x.
  * Tensor cores round sums towards zero, a bias that grows with their number: summed there throughout, 130 keys could cost 16 eps
- * instead of 2. So they sum 16 products at a time, small terms first, and fp32 adds, rounded to nearest, carry these sums on.
+ * instead of 2. So they sum 16 products at a time, and fp32 adds, rounded to nearest, carry these sums on.
  *
  * A tile is ROWS rows of D floats, D / 4 chunks of 16 bytes. Lane (g, t) = (l / 4, l % 4) reads a chunk at a time, two ways:
  *
@@ -26,41 +28,43 @@
 
 /* --------------------------------------------------------------------------------------------------- operands */
 
+constexpr float SMALL_FACTOR = 8192.0f;
+
 struct left_operand  { uint32_t big[2][4], small[2][4]; };      /* (16, 16): two k-steps of eight */
 struct right_operand { uint32_t big[2][2], small[2][2]; };      /* (16, 8) */
 
 /* Rounded by hand: cvt.rna.tf32 takes two instructions more for Inf and NaN, and would again for `small`. That has up to 12 bits,
  * of which mma reads 11: the error is at most the last bit of x. CUT, not rounded, gives both parts the sign of x at the price of
- * two bits: where products overflow, the parts' products are then infinities of one sign, not a NaN. */
+ * two bits: where products overflow, the parts' products are then infinities of one sign, not a NaN or the wrong infinity. */
 template <bool CUT = false> FA_DEVICE void split(float x, uint32_t &big, uint32_t &small)
 {
     big = (__float_as_uint(x) + (CUT ? 0 : 0x1000)) & 0xffffe000;
-    small = __float_as_uint(x - __uint_as_float(big));
+    small = __float_as_uint((x - __uint_as_float(big)) * (CUT ? 1.0f : SMALL_FACTOR));
 }
 
 /* C (16, 8) += A (16, 16) B (16, 8) */
-FA_DEVICE void multiply(float (&c)[4], const left_operand &a, const right_operand &b)
+template <bool CUT = false> FA_DEVICE void multiply(float (&c)[4], const left_operand &a, const right_operand &b)
 {
-    float sum[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+    float sum[4] = { 0.0f, 0.0f, 0.0f, 0.0f }, small[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
     #pragma unroll
-    for (int k = 0; k < 2; k++) mma_tf32(sum, a.small[k], b.big[k]);
+    for (int k = 0; k < 2; k++) mma_tf32(small, a.small[k], b.big[k]);
     #pragma unroll
-    for (int k = 0; k < 2; k++) mma_tf32(sum, a.big[k], b.small[k]);
+    for (int k = 0; k < 2; k++) mma_tf32(small, a.big[k], b.small[k]);
     #pragma unroll
     for (int k = 0; k < 2; k++) mma_tf32(sum, a.big[k], b.big[k]);
     #pragma unroll
-    for (int e = 0; e < 4; e++) c[e] += sum[e];
+    for (int e = 0; e < 4; e++) c[e] += fmaf(small[e], CUT ? 1.0f : 1.0f / SMALL_FACTOR, sum[e]);
 }
 
-/* Whether a lane of the warp holds a NaN: from the data, or from parts whose products overflow. */
-template <int MT, int NT> FA_DEVICE bool warp_has_nan(const float (&c)[MT][NT][4])
+/* Whether a lane of the warp holds an infinity or a NaN: from the data, or from products that overflow. */
+template <int MT, int NT> FA_DEVICE bool warp_overflows(const float (&c)[MT][NT][4])
 {
-    bool has = false;
+    bool does = false;
     #pragma unroll
     for (int n = 0; n < MT * NT; n++)
         #pragma unroll
-        for (int e = 0; e < 4; e++) has |= isnan(c[n / NT][n % NT][e]);
-    return __any_sync(0xffffffff, has);
+        for (int e = 0; e < 4; e++) does |= !(fabsf(c[n / NT][n % NT][e]) < INFINITY);
+    return __any_sync(0xffffffff, does);
 }
 
 /* Accumulators of 16 columns as the left operand of a product that sums over these columns. */

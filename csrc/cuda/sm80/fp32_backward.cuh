@@ -117,7 +117,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
             for (int n = 0; n < NT; n++) {
                 right_operand y;
                 load_right<CUT>(y, step_rows(y_at, channel) + n * 8 * ROW_BYTES);
-                multiply(c[0][n], x, y);
+                multiply<CUT>(c[0][n], x, y);
             }
         }
     }
@@ -167,7 +167,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
                 for (int e = 0; e < 4; e++) {
                     const int half = e / 2, i = i0 + column + e % 2;
                     float x = s[n][e], y = dp[n][e], derivative = 1.0f;
-                    if (mods) x = modify_score(a, x, slope, i + seq.sk - seq.sq - j - half * 8, derivative);
+                    if (mods) x = modify_score<true>(a, x, slope, i + seq.sk - seq.sq - j - half * 8, derivative);
                     if (has_bias<VARIANT>(a)) x = fmaf(x, a.bias_scale, bias_at(a, bias_row_at(a, seq, b, head, i, j), half * 8));
                     x = exp2_approx(fmaf(x, a.exponent_scale, e % 2 ? -lse2.y : -lse2.x));
                     if (MASKED && (i < first[half] || i >= last[half])) x = 0.0f;
@@ -272,7 +272,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
         cp_async_wait<1>();
         __syncthreads();                            /* Q is here for all */
         product<false>(s, k_tile, q_tile, (int)a.p.d);
-        if (warp_has_nan(s)) product<true>(s, k_tile, q_tile, (int)a.p.d);
+        if (warp_overflows(s)) product<true>(s, k_tile, q_tile, (int)a.p.d);
         cp_async_wait<0>();
         __syncthreads();                            /* dO is here for all */
         product<false>(dp, v_tile, dout_tile, (int)a.p.d_v);

@@ -88,7 +88,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
                 right_operand keys;
                 load_right<CUT>(keys, step_rows(k_at, channel) + n * 8 * ROW_BYTES);
                 #pragma unroll
-                for (int m = 0; m < MT; m++) multiply(s[m][n], q[m], keys);
+                for (int m = 0; m < MT; m++) multiply<CUT>(s[m][n], q[m], keys);
             }
         }
     }
@@ -121,7 +121,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
                     #pragma unroll
                     for (int x = 0; x < 2 * NT; x++) {
                         float &score = s[m][x / 2][2 * half + x % 2], unused;
-                        score = modify_score(a, score, slope, diagonal - (x / 2 * 8 + x % 2), unused);
+                        score = modify_score<true>(a, score, slope, diagonal - (x / 2 * 8 + x % 2), unused);
                     }
                 }
                 if (has_bias<VARIANT>(a)) {
@@ -242,7 +242,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
         __syncthreads();                            /* K(n) is here for all, and all are done with V(n + 1) */
         load_keys(v_tile, a.p.v, n, (int)a.p.d_v, a.aligned_v);
         scores<false>(s);
-        if (warp_has_nan(s)) scores<true>(s);
+        if (warp_overflows(s)) scores<true>(s);
         cp_async_wait<0>();
         __syncthreads();                            /* V(n) is here for all, and all are done with K(n) */
         load_keys(k_tile, a.p.k, after, (int)a.p.d, a.aligned_k);
