@@ -9,29 +9,34 @@
 #include "sequence.cuh"
 #include "tile.cuh"
 
-/* One element. The type is the same for all of a call: predicates, no branch. */
-FA_DEVICE float bias_element(enum fa_dtype dtype, const char *at)
+/* One element, 0 where it does not exist. The type is the same for all of a call: predicates, no branch. */
+FA_DEVICE float bias_element(enum fa_dtype dtype, const char *at, bool exists)
 {
     uint32_t x;
     float f;
-    asm("{ .reg .pred wide; .reg .b16 h; setp.ne.u32 wide, %2, 0; @wide ld.global.nc.b32 %0, [%1]; "
-        "@!wide ld.global.nc.b16 h, [%1]; @!wide mov.b32 %0, {h, h}; }" : "=r"(x) : "l"(at), "r"((int)(dtype == FA_FLOAT32)));
+    asm volatile("{ .reg .pred wide, narrow; .reg .b16 h; mov.b16 h, 0; mov.b32 %0, 0; setp.ne.u32 wide, %2, 0; setp.ne.u32 narrow, %3, 0; "
+                 "@wide ld.global.b32 %0, [%1]; @narrow ld.global.b16 h, [%1]; @narrow mov.b32 %0, {h, h}; }"
+                 : "=r"(x) : "l"(at), "r"((int)(exists && dtype == FA_FLOAT32)), "r"((int)(exists && dtype != FA_FLOAT32)));
     asm("{ .reg .b16 h, unused; mov.b32 {h, unused}, %1; cvt.f32.f16 %0, h; }" : "=f"(f) : "r"(x));
     return dtype == FA_FLOAT16 ? f : __uint_as_float(dtype == FA_FLOAT32 ? x : x & 0xffff0000);
 }
 
-/* Row i from key j0 on; beyond the sequence the last one, whose value no one uses. */
-struct bias_row { const char *ptr; int64_t stride; int last; };
-FA_DEVICE bias_row bias_row_at(const fa_cuda_args &a, const sequence &s, int b, int head, int i, int j0)
+/* A walk along row i from key j on. */
+struct bias_walk { const char *at; int64_t stride; enum fa_dtype dtype; int left; };
+FA_DEVICE bias_walk bias_from(const fa_cuda_args &a, const sequence &s, int b, int head, int i, int j)
 {
     const fa_scores &t = a.p.bias;
     const int size = t.dtype == FA_FLOAT32 ? 4 : 2;
-    return { (const char *)t.ptr + size * (b * t.stride_b + head * t.stride_h + min(i, s.sq - 1) * t.stride_q + j0 * t.stride_k),
-             size * t.stride_k, s.sk - 1 - j0 };
+    return { (const char *)t.ptr + size * (b * t.stride_b + head * t.stride_h + i * t.stride_q + j * t.stride_k), size * t.stride_k,
+             t.dtype, i < s.sq ? s.sk - j : 0 };
 }
-FA_DEVICE float bias_at(const fa_cuda_args &a, const bias_row &row, int j)
+/* The element here; the walk goes `keys` on. */
+FA_DEVICE float bias_next(bias_walk &walk, int keys)
 {
-    return bias_element(a.p.bias.dtype, row.ptr + min(j, row.last) * row.stride);
+    const float x = bias_element(walk.dtype, walk.at, walk.left > 0);
+    walk.at += keys * walk.stride;
+    walk.left -= keys;
+    return x;
 }
 
 /* Two neighbours of a fragment. */

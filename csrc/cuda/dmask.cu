@@ -31,7 +31,9 @@ __global__ void __launch_bounds__(HELPER_THREADS) dmask_kernel(const __grid_cons
         const auto *byte = (const uint8_t *)t.ptr + b * t.stride_b + head * t.stride_h + i * t.stride_q + j * t.stride_k;
         if (t.ptr && !*byte) return -INFINITY;
         const float x = score_of<T>(a, q, row_at<T>(p.k, b, s.k0 + j, head / a.group), slope, i + s.sk - s.sq - j);
-        return p.bias.ptr ? x + bias_at(a, bias_row_at(a, s, b, head, i, 0), j) : x;
+        if (!p.bias.ptr) return x;
+        bias_walk bias = bias_from(a, s, b, head, i, j);
+        return x + bias_next(bias, 0);
     };
 
     float top = -INFINITY;

@@ -200,11 +200,11 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     {
         #pragma unroll
         for (int x = 0; x < 4; x++) {
-            const bias_row row = bias_row_at(a, seq, b, head, query(i0, n + x / 2, x), key(k, 0));
+            bias_walk bias = bias_from(a, seq, b, head, query(i0, n + x / 2, x), key(k, 0));
             #pragma unroll
             for (int half = 0; half < 2; half++) {
                 float &score = (x / 2 ? c1 : c0)[2 * half + x % 2];
-                score = fmaf(score, a.bias_scale, bias_at(a, row, half * 8));
+                score = fmaf(score, a.bias_scale, bias_next(bias, 8));
             }
         }
     }

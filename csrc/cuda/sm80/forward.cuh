@@ -135,11 +135,11 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         for (int m = 0; m < MT; m++)
             #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const bias_row row = bias_row_at(a, seq, b, head, query(m, half), j);
+                bias_walk bias = bias_from(a, seq, b, head, query(m, half), j);
                 #pragma unroll
                 for (int x = 0; x < 2 * NT; x++) {
                     float &score = s[m][x / 2][2 * half + x % 2];
-                    score = fmaf(score, a.bias_scale, bias_at(a, row, x / 2 * 8 + x % 2));
+                    score = fmaf(score, a.bias_scale, bias_next(bias, x % 2 ? 7 : 1));
                 }
             }
     }

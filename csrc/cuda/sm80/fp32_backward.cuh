@@ -168,7 +168,10 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
                     const int half = e / 2, i = i0 + column + e % 2;
                     float x = s[n][e], y = dp[n][e], derivative = 1.0f;
                     if (mods) x = modify_score<true>(a, x, slope, i + seq.sk - seq.sq - j - half * 8, derivative);
-                    if (has_bias<VARIANT>(a)) x = fmaf(x, a.bias_scale, bias_at(a, bias_row_at(a, seq, b, head, i, j), half * 8));
+                    if (has_bias<VARIANT>(a)) {
+                        bias_walk bias = bias_from(a, seq, b, head, i, j + half * 8);
+                        x = fmaf(x, a.bias_scale, bias_next(bias, 0));
+                    }
                     x = exp2_approx(fmaf(x, a.exponent_scale, e % 2 ? -lse2.y : -lse2.x));
                     if (MASKED && (i < first[half] || i >= last[half])) x = 0.0f;
                     if (MASKED && has_mask<VARIANT>(a) && !shows(head, i, j + half * 8)) x = 0.0f;

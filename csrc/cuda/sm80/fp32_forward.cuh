@@ -125,11 +125,11 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
                     }
                 }
                 if (has_bias<VARIANT>(a)) {
-                    const bias_row row = bias_row_at(a, seq, b, head, i, j);
+                    bias_walk bias = bias_from(a, seq, b, head, i, j);
                     #pragma unroll
                     for (int x = 0; x < 2 * NT; x++) {
                         float &score = s[m][x / 2][2 * half + x % 2];
-                        score = fmaf(score, a.bias_scale, bias_at(a, row, x / 2 * 8 + x % 2));
+                        score = fmaf(score, a.bias_scale, bias_next(bias, x % 2 ? 7 : 1));
                     }
                 }
                 if (!MASKED) continue;
