@@ -40,7 +40,25 @@ def wall_seconds(call):
     return time.perf_counter() - start
 
 
-CLOCKS = {"cpu": wall_seconds}          # by device type: a GPU's clock, by events in its stream, belongs here
+def event_seconds(call):
+    """Time of a call's work on the GPU. The stream first sleeps for a millisecond, in which the host queues all of the call: what
+    the host takes for it does not count (`host_seconds` measures that)."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(2_000_000)        # cycles
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
+
+
+def host_seconds(call):
+    """What a call costs the host, its work on the GPU not awaited."""
+    torch.cuda.synchronize()
+    return wall_seconds(call)
+
+
+CLOCKS = {"cpu": wall_seconds, "cuda": event_seconds, "host": host_seconds}
 
 
 def round_robin(calls, budget, device="cpu"):
@@ -126,7 +144,18 @@ def cpu_machine():
     }
 
 
-MACHINES = {"cpu": cpu_machine}         # by device type: a GPU's name, driver and clocks belong here
+def cuda_machine():
+    """Clocks and limits are as the machine has them: nothing here changes any."""
+    device = torch.cuda.get_device_properties(0)
+    version = Path("/proc/driver/nvidia/version").read_text().split()
+    return {
+        "name": device.name, "multiprocessors": device.multi_processor_count,
+        "driver": next((word for word in version if re.fullmatch(r"\d+(\.\d+)+", word)), None),
+        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "host": cpu_facts().get("model name"),
+    }
+
+
+MACHINES = {"cpu": cpu_machine, "cuda": cuda_machine}       # by device type
 
 
 def cpu_facts():

@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+from bench_attn import over_best, speed
+from harness import grouped
 from stamp import ROOT, stamp
 
 README = ROOT / "README.md"
@@ -59,11 +61,48 @@ def host_line(host):
         f"{row['call']} {row['ours']:.0f} µs (SDPA {row['sdpa']:.0f} µs)" for row in host) + "."
 
 
+def attn_section(results, path):
+    machine = results["machine"]
+    title = f"**{machine['name']}, bfloat16, torch {results['versions']['torch']}, cuDNN {machine['cudnn']}**"
+    reading = ("TFLOP/s, in brackets the ratio to the best peer of that cell: FlashAttention-2 and cuDNN through torch, FlashAttention-4, "
+               f"attention written out. A matrix product of 8192^3 runs at {results['gemm_tflops']:.0f} TFLOP/s.")
+    source = (f"{results['date']}, sources {results['stamp']['gpu']}: [every cell and peer]({_link(path)}), "
+              f"[plot]({_link(path.with_suffix('.png'))}).")
+    return "\n\n".join([title, reading, attn_table(results["cells"]), attn_summary(results["summary"]),
+                        host_line([{"call": row["pass"], "ours": row["ours"], "sdpa": row["fa2"]} for row in results["host_us"]]), source])
+
+
+def attn_table(cells):
+    """A row for each pass, head dim, mask and dropout, a column for each length."""
+    cells = [cell for cell in cells if cell["dtype"] == "bf16" and cell["pass"] != "both"]
+    lengths = sorted({cell["s"] for cell in cells})
+    rows = []
+    for (direction, d, causal, dropout), group in grouped(cells, "pass", "d", "causal", "dropout").items():
+        found = {cell["s"]: f"{speed(cell, 'ours'):.0f} ({over_best(cell):.2f})" for cell in group}
+        title = _name(group[0], f"{direction}, d {d}, {'causal' if causal else 'full'}")
+        rows.append([title, *(found.get(s, "") for s in lengths)])
+    return table(["", *lengths], rows)
+
+
+def attn_summary(summary):
+    """Geometric means over what the table shows, and over the float32 cells."""
+    titles = ["geometric mean over", "best peer", "worst cell", "FlashAttention-2", "cuDNN", "FlashAttention-4", "sm80 over FlashAttention-2"]
+    show = lambda value: f"{value:.2f}x" if value else ""  # noqa: E731
+    return table(titles, [
+        [_name(row, f"{row['pass']}, {row['dtype']}"), show(row["over_best"]), show(row["worst"]),
+         *(show(row[name]) for name in ("ours_over_fa2", "ours_over_cudnn", "ours_over_fa4", "sm80_over_fa2"))] for row in summary])
+
+
+def _name(row, text):
+    return f"{text}, dropout {row['dropout']}" if row["dropout"] else text
+
+
 def _link(path):
     return path.resolve().relative_to(ROOT).as_posix()
 
 
-SECTIONS = {"cpu": cpu_section}         # by the first word of a results file's name
+SECTIONS = {"attn": attn_section, "cpu": cpu_section}       # by the first word of a results file's name
+STAMPS = {"attn": "gpu", "cpu": "cpu"}
 
 
 def measured(paths):
@@ -72,7 +111,7 @@ def measured(paths):
     for path in paths:
         results = json.loads(path.read_text())
         kind = path.name.split("-")[0]
-        if results["stamp"][kind] != stamp()[kind]:
+        if results["stamp"][STAMPS[kind]] != stamp()[STAMPS[kind]]:
             print(f"{path.name} was measured on other sources than these", file=sys.stderr)
         sections.append(SECTIONS[kind](results, path))
     return "\n\n".join(sections) or NOTHING

@@ -181,17 +181,13 @@ def _pointer(x):
 
 
 def _run(call, fields, q):
-    """Calls the extension: on the CPU as it is; on a GPU on q's device, in its current stream."""
+    """Calls the extension: on a GPU in the current stream of q's device, which the C side makes current."""
     if not q.is_cuda:
         return call(_host_scratch, **fields)
     device = q.device
     fields["debug"] = os.environ.get("FLASH_ATTN_DEBUG") == "1"
     fields["stream"] = torch._C._cuda_getCurrentRawStream(device.index)
-    scratch = lambda nbytes: empty(nbytes, dtype=torch.uint8, device=device)  # noqa: E731
-    if device.index == torch.cuda.current_device():
-        return call(scratch, **fields)
-    with torch.cuda.device(device):
-        return call(scratch, **fields)
+    return call(lambda nbytes: empty(nbytes, dtype=torch.uint8, device=device), **fields)
 
 
 def _host_scratch(nbytes):

@@ -228,6 +228,8 @@ def _prepare(names, given, dropout_p, softmax_scale, causal, window_size, softca
     """Given tensors with contiguous channels in the dtype of the call, and its Operands and Options,
     checked."""
     given = [_given_tensor(name, x, 3 if packing else 4) for name, x in zip(names, given)]
+    if torch.is_autocast_enabled("cuda" if given[0].is_cuda else "cpu"):
+        given = [_autocast(x) for x in given]
     q, k, v = _unpack(given)
     _check_agreement(names, q, k, v)
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = packing or (None, None, 0, 0)
@@ -259,7 +261,7 @@ def _prepare(names, given, dropout_p, softmax_scale, causal, window_size, softca
 
 
 def _given_tensor(name, x, rank):
-    """x, cast under autocast, copied if its channels are not contiguous."""
+    """x, copied if its channels are not contiguous."""
     if not isinstance(x, Tensor):
         raise ArgumentTypeError(f"{name} must be a torch.Tensor; it is a {type(x).__name__}.")
     parts = len(name)
@@ -270,13 +272,14 @@ def _given_tensor(name, x, rank):
     if x.dtype not in _backend.DTYPES:
         raise ArgumentTypeError(f"{name} has dtype {x.dtype}; only float16, bfloat16, float32 and float64 "
                                 f"are supported. Cast it, for example {name}.float().")
-    device_type = x.device.type
-    if device_type != "cpu" and device_type != "cuda":
+    if not (x.is_cuda or x.is_cpu):
         raise UnsupportedError(f"{name} is on {x.device}; only cpu and cuda tensors are supported. "
                                f"Move it, for example {name}.cpu().")
-    if torch.is_autocast_enabled(device_type) and x.dtype is not torch.float64:
-        x = x.to(torch.get_autocast_dtype(device_type))
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride()[-1] == 1 else x.contiguous()
+
+
+def _autocast(x):
+    return x if x.dtype is torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
 
 
 _LAYOUTS = {
@@ -302,7 +305,7 @@ def _check_agreement(names, q, k, v):
     if k.shape[-1] != q.shape[-1]:
         raise ArgumentValueError(f"{name_k} has a headdim of {k.shape[-1]}; expected {q.shape[-1]}, "
                                  f"the headdim of q.")
-    if v.shape[:-1] != k.shape[:-1]:
+    if v.shape != k.shape and v.shape[:-1] != k.shape[:-1]:
         raise ArgumentValueError(f"{name_v} must have shape {(*k.shape[:-1], 'headdim_v')}, as k; "
                                  f"it has {tuple(v.shape)}.")
 

@@ -11,8 +11,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "dbias.h"
 #include "parallel.h"
-#include "plan.h"
 
 struct scratch {
     float *k, *k_panels, *v_panels;             /* (N, d), K^T and V^T in panels: of the item */
@@ -28,6 +28,7 @@ struct backward {
     float *lse, *delta;                         /* (rows,), lse in units of the scores that P is made of */
     int32_t *added;                             /* (row blocks,) items that have added to dq */
     int32_t *prepared;                          /* (b, hk) row blocks whose delta is ready */
+    struct cpu_dbias dbias;
     char *scratch;
     int64_t scratch_bytes;
 };
@@ -51,19 +52,19 @@ static struct scratch take_scratch(const struct cpu_plan *plan, struct cpu_arena
     return t;
 }
 
-static struct backward make_backward(const struct fa_params *p, struct cpu_arena *arena)
+static void make_backward(struct backward *job, const struct fa_params *p, struct cpu_arena *arena)
 {
-    struct backward job = { .plan = fa_cpu_make_plan(FA_BACKWARD, p, arena) };
-    job.dq = fa_cpu_take(arena, 4 * job.plan.total.rows * job.plan.d_row);
-    job.lse = fa_cpu_take(arena, 4 * job.plan.total.rows);
-    job.delta = fa_cpu_take(arena, 4 * job.plan.total.rows);
-    job.added = fa_cpu_take(arena, 4 * job.plan.total.row_blocks);
-    job.prepared = fa_cpu_take(arena, 4 * p->b * p->hk);
+    job->plan = fa_cpu_make_plan(FA_BACKWARD, p, arena);
+    job->dq = fa_cpu_take(arena, 4 * job->plan.total.rows * job->plan.d_row);
+    job->lse = fa_cpu_take(arena, 4 * job->plan.total.rows);
+    job->delta = fa_cpu_take(arena, 4 * job->plan.total.rows);
+    job->added = fa_cpu_take(arena, 4 * job->plan.total.row_blocks);
+    job->prepared = fa_cpu_take(arena, 4 * p->b * p->hk);
+    job->dbias = fa_cpu_make_dbias(&job->plan, arena);
     struct cpu_arena one = { NULL, 0 };
-    take_scratch(&job.plan, &one);
-    job.scratch_bytes = one.used;
-    job.scratch = fa_cpu_take(arena, one.used * (p->n_threads > 1 ? p->n_threads : 1));
-    return job;
+    take_scratch(&job->plan, &one);
+    job->scratch_bytes = one.used;
+    job->scratch = fa_cpu_take(arena, one.used * (p->n_threads > 1 ? p->n_threads : 1));
 }
 
 static struct scratch scratch_of(const struct backward *job, int64_t thread)
@@ -120,13 +121,34 @@ static void prepare_rows(const struct backward *job, int64_t thread, int64_t ind
     fa_advance(&job->prepared[item.b * p->hk + item.kv_head]);
 }
 
+/* The item's share of dq, from dS (rows, count), none of it where count is 0; the last item to meet these rows stores them. */
+static void add_dq(const struct backward *job, const struct cpu_rows *rows, const struct cpu_item *item, int64_t block,
+                   const struct scratch *t, int64_t count, const float *row_sums)
+{
+    const struct cpu_plan *plan = &job->plan;
+    const int64_t d = plan->d_row;
+    const int32_t turn = (int32_t)(item->block - rows->hull.first / BACKWARD_N);   /* items that add before this one */
+    int32_t *added = added_to(job, item, block);
+    float *dq = job->dq + (item->first_row + block * BACKWARD_M) * d;
+    fa_wait_for(added, turn);
+    if (count > 0) {
+        plan->ops->gemm((struct fa_result){ dq, d }, (struct fa_left){ t->ds, BACKWARD_N, 1 },
+                        (struct fa_right){ t->k, d, plan->ops->nr }, rows->count, plan->d_pad, count, turn > 0);
+        fa_cpu_add_row_sums(&job->dbias, rows, row_sums);
+    } else if (turn == 0) {
+        memset(dq, 0, (size_t)(4 * rows->count * d));
+    }
+    if (item->block == (rows->hull.last - 1) / BACKWARD_N) store_dq(job, rows, dq);
+    else fa_advance(added);
+}
+
 /* One tile: rows x the item's keys from column 0 to `count`. */
 static void tile(const struct backward *job, const struct scratch *t, const struct cpu_rows *rows, const struct cpu_item *item,
-                 int64_t block, int64_t count)
+                 int64_t block, struct cpu_view view)
 {
     const struct cpu_plan *plan = &job->plan;
     const struct fa_cpu_ops *ops = plan->ops;
-    const int64_t j0 = item->block * BACKWARD_N, m = rows->count, n = fa_pad(count, FA_CHANNEL_PAD), nr = ops->nr;
+    const int64_t j0 = item->block * BACKWARD_N, m = rows->count, count = view.count, n = fa_pad(count, FA_CHANNEL_PAD), nr = ops->nr;
     const int64_t d = plan->d_row, dv = plan->dv_row, row = item->first_row + block * BACKWARD_M;
     const struct fa_result s = { t->s, BACKWARD_N }, ds = { t->ds, BACKWARD_N };
     fa_cpu_load_rows(plan, rows, &plan->p->q, plan->p->d, t->q, d);
@@ -134,21 +156,19 @@ static void tile(const struct backward *job, const struct scratch *t, const stru
 
     ops->gemm(s, (struct fa_left){ t->q, d, 1 }, (struct fa_right){ t->k_panels, nr, nr * plan->d_pad }, m, n, plan->p->d, false);
     ops->gemm(ds, (struct fa_left){ t->dout, dv, 1 }, (struct fa_right){ t->v_panels, nr, nr * plan->dv_pad }, m, n, plan->p->d_v, false);
-    fa_cpu_modify_scores(plan, rows, 0, s, j0, n, t->derivative);
+    fa_cpu_modify_scores(plan, rows, 0, s, j0, view, t->derivative);
     if (t->z) fa_cpu_dropout_mask(plan, rows, 0, t->z, BACKWARD_N, j0, n);
-    ops->softmax_backward(s, ds, m, n, plan->exponent_scale, job->lse + row, job->delta + row, t->z, t->derivative);
+    const bool bias_next = t->derivative && job->dbias.kind != NO_DBIAS;        /* dbias takes dS before softcap's derivative */
+    ops->softmax_backward(s, ds, m, n, plan->exponent_scale, job->lse + row, job->delta + row, t->z, bias_next ? NULL : t->derivative);
+    fa_cpu_add_tile(&job->dbias, rows, item, block, ds, count);
+    float row_sums[BACKWARD_M];
+    fa_cpu_sum_rows(&job->dbias, rows, ds, n, row_sums);
+    if (bias_next) ops->multiply(ds, m, n, t->derivative);
 
     const struct fa_left p_t = { t->s, 1, BACKWARD_N }, ds_t = { t->ds, 1, BACKWARD_N };
     ops->gemm((struct fa_result){ t->dv, dv }, p_t, (struct fa_right){ t->dout, dv, nr }, count, plan->dv_pad, m, true);
     ops->gemm((struct fa_result){ t->dk, d }, ds_t, (struct fa_right){ t->q, d, nr }, count, plan->d_pad, m, true);
-
-    const int32_t turn = (int32_t)(item->block - rows->hull.first / BACKWARD_N);   /* items that add before this one */
-    int32_t *added = added_to(job, item, block);
-    fa_wait_for(added, turn);
-    ops->gemm((struct fa_result){ job->dq + row * d, d }, (struct fa_left){ t->ds, BACKWARD_N, 1 },
-              (struct fa_right){ t->k, d, nr }, m, plan->d_pad, count, turn > 0);
-    if (item->block == (rows->hull.last - 1) / BACKWARD_N) store_dq(job, rows, job->dq + row * d);
-    else fa_advance(added);
+    add_dq(job, rows, item, block, t, count, row_sums);
 }
 
 static void load_keys(const struct backward *job, const struct scratch *t, const struct cpu_item *item, int64_t count)
@@ -180,10 +200,18 @@ static void differentiate(const struct backward *job, int64_t thread, int64_t in
     for (int64_t block = row_blocks - 1; block >= 0; block--) {
         struct cpu_rows rows;
         fa_cpu_make_rows(plan, &item, block, &rows);
-        if (rows.hull.last <= j0 || rows.hull.first >= j0 + count) continue;
+        const bool meets = rows.hull.last > j0 && rows.hull.first < j0 + count;
         const int64_t seen = rows.hull.last - j0;
-        tile(job, &t, &rows, &item, block, seen < count ? seen : count);
+        struct cpu_view view = { 0, false };
+        if (meets) view = fa_cpu_view(plan, &rows, 0, j0, seen < count ? seen : count);
+        if (view.count > 0) {
+            tile(job, &t, &rows, &item, block, view);
+            continue;
+        }
+        fa_cpu_add_tile(&job->dbias, &rows, &item, block, (struct fa_result){ t.ds, BACKWARD_N }, 0);   /* others wait for it */
+        if (meets) add_dq(job, &rows, &item, block, &t, 0, NULL);
     }
+    fa_cpu_end_item(&job->dbias, &item);
     const int64_t size = (int64_t)fa_sizeof(p->dtype);
     for (int64_t j = 0; j < count; j++) {
         char *dk = (char *)p->dk.ptr + size * fa_offset(&p->dk, item.b, item.seq.k0, j0 + j, item.kv_head);
@@ -204,7 +232,8 @@ static void work(void *data, int64_t thread, int64_t index)
 int64_t fa_cpu_backward_workspace(const struct fa_params *p)
 {
     struct cpu_arena arena = { NULL, 0 };
-    make_backward(p, &arena);
+    struct backward job;
+    make_backward(&job, p, &arena);
     return arena.used;
 }
 
@@ -212,9 +241,12 @@ enum fa_status fa_cpu_backward(const struct fa_params *p, struct fa_error *error
 {
     (void)error;
     struct cpu_arena arena = { p->workspace, 0 };
-    struct backward job = make_backward(p, &arena);
+    struct backward job;
+    make_backward(&job, p, &arena);
     memset(job.prepared, 0, (size_t)(4 * p->b * p->hk));
+    fa_cpu_clear_dbias(&job.dbias);
     fa_parallel(p->n_threads, job.plan.total.row_blocks + job.plan.total.key_blocks, work, &job);
+    fa_cpu_finish_dbias(&job.dbias);
     fa_fill_outside(FA_BACKWARD, p);
     return FA_OK;
 }

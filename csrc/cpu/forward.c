@@ -106,13 +106,16 @@ static void attend(const struct forward *job, int64_t thread, int64_t index)
     for (int64_t j0 = rows.hull.first / KEY_ALIGN * KEY_ALIGN; j0 < rows.hull.last; j0 += step) {
         while (causal_run && rows.keys[first].last <= j0) first++;
         step = rows.keys[first].last < j0 + FORWARD_N ? KEY_ALIGN : FORWARD_N;      /* small steps along the diagonal */
-        const int64_t left = rows.hull.last - j0, count = left < step ? left : step;
+        const int64_t left = rows.hull.last - j0;
+        const struct cpu_view view = fa_cpu_view(plan, &rows, first, j0, left < step ? left : step);
+        const int64_t count = view.count;
+        if (count == 0) continue;                               /* mask and bias hide it */
         const int64_t m = rows.count - first, n = fa_pad(count, FA_CHANNEL_PAD);
         const struct fa_right k = { job->k_panels + (key + j0) * plan->d_pad, nr, nr * plan->d_pad };
         const struct fa_right v = { job->v_rows + (key + j0) * plan->dv_row, plan->dv_row, nr };
         const struct fa_result o = { t.o + first * plan->dv_row, plan->dv_row };
         ops->gemm(s, (struct fa_left){ t.q + first * plan->d_row, plan->d_row, 1 }, k, m, n, plan->p->d, false);    /* S = Q K^T */
-        fa_cpu_modify_scores(plan, &rows, first, s, j0, n, NULL);
+        fa_cpu_modify_scores(plan, &rows, first, s, j0, view, NULL);
         ops->online_softmax(s, m, n, plan->exponent_scale, max + first, sum + first, o, plan->dv_pad);
         if (t.z) {
             fa_cpu_dropout_mask(plan, &rows, first, t.z, FORWARD_N, j0, n);

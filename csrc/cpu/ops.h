@@ -47,6 +47,10 @@ struct fa_cpu_ops {
     void (*multiply)(struct fa_result s, int64_t rows, int64_t n, const float *z);
     /* s_j -= slope |distance - j| for j in [0, n). */
     void (*alibi_row)(float *s, int64_t n, float slope, float distance);
+    /* S <- factor S + bias, (rows, n) of any dtype but float64 at `stride`, which may be 0; n is any. */
+    void (*add_bias)(struct fa_result s, int64_t rows, int64_t n, float factor, const void *bias, enum fa_dtype dtype, int64_t stride);
+    /* S <- -inf where the mask, a byte an element, is 0. */
+    void (*apply_mask)(struct fa_result s, int64_t rows, int64_t n, const uint8_t *mask, int64_t stride);
     float (*dot)(const float *x, const float *y, int64_t n);
 
     /* z (16, 16) <- 0 or kept, the dropout mask of one piece of S. */

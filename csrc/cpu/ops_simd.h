@@ -349,6 +349,51 @@ static void alibi_row(float *s, int64_t n, float slope, float distance)
     }
 }
 
+INLINE void add_bias_as(struct fa_result s, int64_t rows, int64_t n, float factor, const char *bias, enum fa_dtype dtype, int64_t stride)
+{
+    const int64_t size = dtype == FA_FLOAT32 ? 4 : 2;
+    for (int64_t r = 0; r < rows; r++, s.ptr += s.row, bias += stride * size) {
+        if (r + 4 < rows)                                       /* rows lie pages apart */
+            for (int64_t line = 0; line < n * size; line += 64) __builtin_prefetch(bias + 4 * stride * size + line);
+        int64_t j = 0;
+        for (; j + VL <= n; j += VL) store(s.ptr + j, vfma(load(s.ptr + j), broadcast(factor), load_as(bias, dtype, j)));
+        if (j < n) {
+            float tail[VL] = {0};                               /* never read past the row's end */
+            memcpy(tail, bias + j * size, (n - j) * size);
+            store(s.ptr + j, vfma(load(s.ptr + j), broadcast(factor), load_as(tail, dtype, 0)));
+        }
+    }
+}
+
+static void add_bias(struct fa_result s, int64_t rows, int64_t n, float factor, const void *bias, enum fa_dtype dtype, int64_t stride)
+{
+    if (dtype == FA_FLOAT32) add_bias_as(s, rows, n, factor, bias, FA_FLOAT32, stride);
+    else if (dtype == FA_FLOAT16) add_bias_as(s, rows, n, factor, bias, FA_FLOAT16, stride);
+    else add_bias_as(s, rows, n, factor, bias, FA_BFLOAT16, stride);
+}
+
+INLINE void mask_vector(float *s, const uint8_t *mask)
+{
+    typedef uint8_t bytes __attribute__((vector_size(VL)));
+    bytes seen;
+    memcpy(&seen, mask, sizeof seen);
+    const vi hidden = (vi)(__builtin_convertvector(seen, v32) == 0), infinite = (vi)broadcast(-__builtin_inff());
+    store(s, (vf)(((vi)load(s) & ~hidden) | (infinite & hidden)));
+}
+
+static void apply_mask(struct fa_result s, int64_t rows, int64_t n, const uint8_t *mask, int64_t stride)
+{
+    for (int64_t r = 0; r < rows; r++, s.ptr += s.row, mask += stride) {
+        int64_t j = 0;
+        for (; j + VL <= n; j += VL) mask_vector(s.ptr + j, mask + j);
+        if (j < n) {
+            uint8_t tail[VL] = {0};
+            memcpy(tail, mask + j, n - j);
+            mask_vector(s.ptr + j, tail);
+        }
+    }
+}
+
 static float dot(const float *x, const float *y, int64_t n)
 {
     vf sum = broadcast(0);
@@ -407,5 +452,6 @@ static void dropout_piece(float *z, uint64_t seed, uint64_t offset, uint32_t bat
     {                                                                                                                    \
         .isa = name, .nr = NR, .load_rows = load_rows, .store_row = store_row, .pack_transposed = pack_transposed,      \
         .gemm = gemm, .online_softmax = online_softmax, .softmax_backward = softmax_backward, .softcap = softcap,        \
-        .scale = scale_rows, .multiply = multiply, .alibi_row = alibi_row, .dot = dot, .dropout_piece = dropout_piece,   \
+        .scale = scale_rows, .multiply = multiply, .alibi_row = alibi_row, .add_bias = add_bias,                          \
+        .apply_mask = apply_mask, .dot = dot, .dropout_piece = dropout_piece,                                            \
     }

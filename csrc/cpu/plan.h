@@ -35,6 +35,7 @@ struct cpu_plan {
     int64_t d_row, dv_row;              /* and their row strides: not 512 bytes, where a panel of rows would share half of L1's sets */
     float exponent_scale;               /* P = exp2(exponent_scale (score - ...)) */
     bool scale_first;                   /* scores are multiplied by `scale` before anything else */
+    float bias_factor;                  /* or as the bias is added: by this */
     uint64_t seed, offset;              /* dropout */
     int keep256;
     struct cpu_sums *before;            /* (b,) sums over the sequences before each */
@@ -72,11 +73,20 @@ static inline void *fa_cpu_row_at(const struct cpu_plan *plan, const struct cpu_
     return (char *)t->ptr + fa_offset(t, rows->b, rows->seq.q0, rows->i[r], rows->head[r]) * (int64_t)fa_sizeof(plan->p->dtype);
 }
 
-/* Every change of a score between Q K^T and the softmax, in the order of DESIGN's equations: scale, softcap, ALiBi, then
- * -inf for each key that its row does not see. Rows of s are those of the block from `row` on, columns are keys
- * j0 .. j0 + n. `derivative` (softcap only) is optional. */
+/* What mask and bias let see of the keys j0 .. j0 + count: none of the block's rows from `row` on sees those after the first
+ * `count`; `masked`: not every row sees all of these. */
+struct cpu_view { int64_t count; bool masked; };
+struct cpu_view fa_cpu_view(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t j0, int64_t count);
+
+/* Every change of a score between Q K^T and the softmax, in the order of DESIGN's equations: scale, softcap, ALiBi, bias,
+ * then -inf for each key that its row does not see. Rows of s are those of the block from `row` on, columns are the keys
+ * j0 .. j0 + view.count, padded to n. `derivative` (softcap only) is optional. */
 void fa_cpu_modify_scores(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, struct fa_result s,
-                          int64_t j0, int64_t n, float *derivative);
+                          int64_t j0, struct cpu_view view, float *derivative);
+void fa_cpu_add_bias(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, struct fa_result s, int64_t j0,
+                     int64_t count);
+void fa_cpu_apply_mask(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, struct fa_result s, int64_t j0,
+                       int64_t count);
 /* z, laid out as S, <- 0 or 256 / keep256. j0 is a multiple of KEY_ALIGN. */
 void fa_cpu_dropout_mask(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, float *z, int64_t ld,
                          int64_t j0, int64_t n);
