@@ -200,7 +200,33 @@ static void plan_forward(struct plan *plan, const struct fa_cuda_device *device)
     a->partial_lse = take(plan, a->splits * rows * (int64_t)sizeof(float));
 }
 
-static void plan_backward(struct plan *plan)
+/* Elements of dbias, and tiles of them that blocks own: one along an index that is summed over. */
+static int64_t dbias_elements(const struct fa_params *p)
+{
+    const struct fa_scores *t = &p->dbias;
+    return (t->stride_b ? p->b : 1) * (t->stride_h ? p->h : 1) * (t->stride_q ? p->sq : 1) * (t->stride_k ? p->sk : 1);
+}
+static int64_t dbias_tiles(const struct fa_params *p, const struct fa_cuda_kernel *kernel)
+{
+    const struct fa_scores *t = &p->dbias;
+    return (t->stride_b ? p->b : 1) * (t->stride_h ? p->h : 1) * (t->stride_q ? blocks_of(p->sq, kernel->block_m) : 1)
+         * (t->stride_k ? blocks_of(p->sk, kernel->block_n) : 1);
+}
+
+/* Few tiles: several blocks share the visits of each, as many as fill the device. */
+static void plan_bias_gradient(struct plan *plan, const struct fa_cuda_device *device)
+{
+    struct fa_cuda_args *a = &plan->args;
+    const struct fa_cuda_kernel *kernel = fa_sm80_bias_gradient(a->p.dtype);
+    const int64_t tiles = dbias_tiles(&a->p, kernel), slots = device->multiprocessors * (int64_t)kernel->blocks;
+    const int64_t scores = a->p.b * a->p.h * blocks_of(a->p.sq, kernel->block_m) * blocks_of(a->p.sk, kernel->block_n);
+    a->parts = 1;
+    if (!a->p.dbias.ptr || tiles == 0 || scores == 0 || 2 * tiles > slots) return;
+    a->parts = (int)least(scores / tiles, slots / tiles);
+    if (a->parts > 1) a->partial_dbias = take(plan, a->parts * dbias_elements(&a->p) * (int64_t)sizeof(float));
+}
+
+static void plan_backward(struct plan *plan, const struct fa_cuda_device *device)
 {
     struct fa_cuda_args *a = &plan->args;
     const int64_t padded = a->p.cu_q ? pad(a->p.total_q, ROW_PAD) + ROW_PAD * a->p.b : pad(a->p.sq, ROW_PAD);
@@ -209,6 +235,7 @@ static void plan_backward(struct plan *plan)
     a->dq_accum = take(plan, rows * a->d_bucket * (int64_t)sizeof(float));
     a->lse2 = take(plan, rows * (int64_t)sizeof(float));
     a->delta = take(plan, rows * (int64_t)sizeof(float));
+    plan_bias_gradient(plan, device);
     if (a->p.deterministic) a->turns = take(plan, rows / 16 * (int64_t)sizeof(int));
 }
 
@@ -225,7 +252,7 @@ static enum fa_status make_plan(enum fa_pass pass, const struct fa_params *p, st
     plan->args.n_tiles = (int)blocks_of(p->sk, plan->kernel.block_n);
     plan_mask(pass, plan);
     if (pass == FA_FORWARD) plan_forward(plan, device);
-    else plan_backward(plan);
+    else plan_backward(plan, device);
     return FA_OK;
 }
 
@@ -295,6 +322,14 @@ static enum fa_status run_forward(const struct plan *plan, struct fa_error *erro
     return status;
 }
 
+static enum fa_status launch_bias_gradient(const struct fa_cuda_args *a, struct fa_error *error)
+{
+    const struct fa_cuda_kernel *kernel = fa_sm80_bias_gradient(a->p.dtype), *sum = fa_sm80_bias_parts(a->p.dtype);
+    enum fa_status status = launch("launch of the bias gradient kernel", kernel, dbias_tiles(&a->p, kernel), a->parts, a, error);
+    if (status || a->parts == 1) return status;
+    return launch("launch of the bias parts kernel", sum, blocks_of(dbias_elements(&a->p), sum->block_m), 1, a, error);
+}
+
 static enum fa_status run_backward(const struct plan *plan, struct fa_error *error)
 {
     const struct fa_cuda_args *a = &plan->args;
@@ -303,6 +338,7 @@ static enum fa_status run_backward(const struct plan *plan, struct fa_error *err
     if (!status) status = launch_rows("launch of the prepare kernel", fa_cuda_prepare, pad(a->p.sq, ROW_PAD), a, error);
     if (!status) status = launch("launch of the backward kernel", &plan->kernel, tiles, 1, a, error);
     if (!status) status = launch_rows("launch of the convert kernel", fa_cuda_convert, a->p.sq, a, error);
+    if (!status && a->p.dbias.ptr) status = launch_bias_gradient(a, error);
     if (!status && (a->p.cu_q || a->p.cu_k || a->p.seqused_k)) status = launch_fill(fa_cuda_fill_backward, a, error);
     return status;
 }
