@@ -27,7 +27,7 @@ FA_DEVICE bias_walk bias_from(const fa_cuda_args &a, const sequence &s, int b, i
 {
     const fa_scores &t = a.p.bias;
     const int size = t.dtype == FA_FLOAT32 ? 4 : 2;
-    return { (const char *)t.ptr + size * (b * t.stride_b + head * t.stride_h + i * t.stride_q + j * t.stride_k), size * t.stride_k,
+    return { (const char *)t.ptr + size * (opaque(b) * t.stride_b + opaque(head) * t.stride_h + i * t.stride_q + j * t.stride_k), size * t.stride_k,
              t.dtype, i < s.sq ? s.sk - j : 0 };
 }
 /* The element here; the walk goes `keys` on. */
@@ -56,12 +56,20 @@ template <enum fa_dtype T> FA_DEVICE void add_piece(float (&c0)[4], float (&c1)[
     add_pair<T>(c1[2], c1[3], x[3], scale);
 }
 
-/* Queries from i0, keys from j0, as load_tile wants them. */
-template <int KEYS> FA_DEVICE rows_of bias_rows(const fa_cuda_args &a, const sequence &s, int b, int head, int i0, int j0)
+/* Queries from i0, keys from j0 to shared memory, as load_tile does: commit and wait are the caller's. The thread index is read anew
+ * and the loop stays one, so that the main loops keep no addresses for it. */
+template <int ROWS, int KEYS, int THREADS>
+FA_DEVICE void load_bias_tile(uint32_t tile, const fa_cuda_args &a, const sequence &s, int b, int head, int i0, int j0)
 {
+    constexpr int CHUNKS = KEYS / 8, STEP = THREADS / CHUNKS;
+    static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0, "a thread keeps its chunk");
     const fa_scores &t = a.p.bias;
-    return { (const uint16_t *)t.ptr + b * t.stride_b + head * t.stride_h + i0 * t.stride_q + j0, t.stride_q, s.sq - i0,
-             min(s.sk - j0, KEYS), true };
+    const int thread = thread_anew(), chunk = thread % CHUNKS, first = thread / CHUNKS;
+    const int left = max(min(s.sk - j0 - chunk * 8, 8), 0) * 2;
+    const uint16_t *from = (const uint16_t *)t.ptr + opaque(b) * t.stride_b + opaque(head) * t.stride_h + (i0 + first) * t.stride_q + j0 + chunk * 8;
+    #pragma unroll 1
+    for (int row = first; row < ROWS; row += STEP, from += STEP * t.stride_q)
+        cp_async_16(tile + tile_offset<KEYS>(row, chunk), from, i0 + row < s.sq ? left : 0);
 }
 
 #endif

@@ -7,7 +7,7 @@
 #include "args.h"
 #include "ptx.cuh"
 
-FA_DEVICE int mask_plane(const fa_cuda_mask &m, int b, int head) { return b * m.plane_b + head * m.plane_h; }
+FA_DEVICE int mask_plane(const fa_cuda_mask &m, int b, int head) { return opaque(b) * m.plane_b + opaque(head) * m.plane_h; }
 
 /* The word that holds key j of query i: its bit j % 32. */
 FA_DEVICE uint32_t mask_word(const fa_cuda_mask &m, int plane, int i, int j)

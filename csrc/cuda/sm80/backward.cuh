@@ -98,7 +98,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
             load_tile<BLOCK_M, D, THREADS>(tile, queries(a.p.q, at.head, i0, (int)a.p.d, a.aligned_q));
             load_tile<BLOCK_M, D, THREADS>(tile + Q_BYTES, queries(a.p.dout, at.head, i0, (int)a.p.d_v, a.aligned_dout));
             if (VARIANT != FA_PLAIN && a.bias_staged)
-                load_tile<BLOCK_M, BLOCK_N, THREADS>(bias_tiles + stage * BIAS_TILE_BYTES, bias_rows<BLOCK_N>(a, seq, b, at.head, i0, j0));
+                load_bias_tile<BLOCK_M, BLOCK_N, THREADS>(bias_tiles + stage * BIAS_TILE_BYTES, a, seq, b, at.head, i0, j0);
             const int64_t row = padded_row(a, seq, b, at.head) + i0;
             const int thread = threadIdx.x, chunk = thread % (BLOCK_M / 4);
             if (thread < BLOCK_M / 2)

@@ -71,7 +71,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         if (n < n_first) return;
         load_tile<BLOCK_N, D, THREADS>(v_tiles + stage * KV_BYTES, keys(a.p.v, n, (int)a.p.d_v, a.aligned_v));
         if (VARIANT != FA_PLAIN && a.bias_staged)
-            load_tile<BLOCK_M, BLOCK_N, THREADS>(bias_tiles + stage * BIAS_TILE_BYTES, bias_rows<BLOCK_N>(a, seq, b, head, i0, n * BLOCK_N));
+            load_bias_tile<BLOCK_M, BLOCK_N, THREADS>(bias_tiles + stage * BIAS_TILE_BYTES, a, seq, b, head, i0, n * BLOCK_N);
     }
 
     /* The tile to work with after n: the one before it that the mask shows a key of. */
