@@ -32,6 +32,7 @@ struct fa_cuda_args {
     struct fa_cuda_mask mask;
     int   keep256;
     float kept;                     /* 256 / keep256 */
+    bool  whole_q, whole_k, whole_v, whole_dout;    /* rows aligned to 16 bytes, of d_bucket channels */
     bool  aligned_q, aligned_k, aligned_v, aligned_out, aligned_dout, aligned_dq, aligned_dk, aligned_dv;
     int   d_bucket;                 /* channels of a row of dq_accum and of partial outputs */
 
@@ -39,7 +40,7 @@ struct fa_cuda_args {
     float *partial_out;             /* (splits, rows, d_bucket): normalised */
     float *partial_lse;             /* (splits, rows): rows = sum over sequences and heads, index (b h) or (h, total) as lse */
 
-    int   padded_rows;              /* backward: rows per head (packed) or per sequence and head, see dq_layout.cuh */
+    int   row_pad, padded_rows;     /* backward: rows per head (packed) or per sequence and head, see dq_layout.cuh */
     float *dq_accum;                /* (padded rows, d_bucket) fp32, in the order of dq_layout.cuh */
     float *lse2, *delta;            /* (padded rows,); lse in powers of two, +inf where every P is 0, padding included */
     int   *turns;                   /* (padded rows / 16,), with p.deterministic: key tiles that have added to a row tile's dq */

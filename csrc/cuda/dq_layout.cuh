@@ -1,7 +1,8 @@
 /* cuda/dq_layout.cuh: the backward's scratch by rows: lse2, delta, and dq summed up in fp32 before convert.cu casts it.
  *
- * Every sequence of every head starts at a multiple of 128 rows, so that tiles never overlap: dense, padded_rows = sq padded to 128
- * for each sequence and head; packed, padded_rows = total_q padded to 128, + 128 b, for each head. prepare.cu fills the padding.
+ * Every sequence of every head starts at a multiple of row_pad, the rows of a query tile, so that tiles never overlap: dense,
+ * padded_rows = sq padded to row_pad for each sequence and head; packed, padded_rows = total_q padded to row_pad, + row_pad b, for
+ * each head. prepare.cu fills the padding.
  * dq's rows are cut into blocks of 16 x 8 channels: the C fragment of one mma. A lane's four elements of a block lie together, so
  * that sm_90 adds them with one instruction; before sm_90 the lanes of one element do. */
 #ifndef FA_DQ_LAYOUT_CUH
@@ -9,10 +10,10 @@
 
 #include "sequence.cuh"
 
-/* Row 0 of a sequence and head, a multiple of 128. */
+/* Row 0 of a sequence and head, a multiple of row_pad, which is one of 16. */
 FA_DEVICE int64_t padded_row(const fa_cuda_args &a, const sequence &s, int b, int head)
 {
-    if (a.p.cu_q) return (int64_t)head * a.padded_rows + (s.q0 + 128 * (int64_t)b) / 128 * 128;
+    if (a.p.cu_q) return (int64_t)head * a.padded_rows + (s.q0 / a.row_pad + b) * (int64_t)a.row_pad;
     return ((int64_t)b * a.p.h + head) * a.padded_rows;
 }
 

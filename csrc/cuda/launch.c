@@ -19,7 +19,7 @@
 #define ROW_LIMIT  ((int64_t)1 << 30)
 #define GRID_LIMIT ((int64_t)INT32_MAX)
 
-enum { LARGEST_HEAD_DIM = 256, SMALLEST_CAPABILITY = 80, SMALLEST_BLOCK = 8, ROW_PAD = 128, ALIGNMENT = 128,
+enum { LARGEST_HEAD_DIM = 256, SMALLEST_CAPABILITY = 80, SMALLEST_BLOCK = 8, LARGEST_BLOCK = 128, ALIGNMENT = 128,
        MOST_SPLITS = 32, LEAST_TILES_PER_SPLIT = 4, RESERVED_SHARED_BYTES = 1024, DEFAULT_SHARED_BYTES = 48 << 10,
        MASK_PAD = 128, PACK_BLOCKS = 1 << 20, FILL_BLOCKS = 1024, MOST_BLOCKS_PER_GAP = 64 };
 
@@ -110,7 +110,7 @@ static int window_of(int64_t bound) { return bound < 0 || bound >= ROW_LIMIT ? -
 
 static struct fa_cuda_args arguments_of(const struct fa_params *p)
 {
-    const int keep256 = fa_keep256(p->dropout_p);
+    const int keep256 = fa_keep256(p->dropout_p), bucket = bucket_of(p)->channels;
     return (struct fa_cuda_args){
         .p = *p, .group = (int)(p->h / p->hk),
         .window_left = window_of(p->window_left), .window_right = window_of(p->window_right),
@@ -122,7 +122,9 @@ static struct fa_cuda_args arguments_of(const struct fa_params *p)
         .aligned_q = is_aligned(p, &p->q), .aligned_k = is_aligned(p, &p->k), .aligned_v = is_aligned(p, &p->v),
         .aligned_out = is_aligned(p, &p->out), .aligned_dout = is_aligned(p, &p->dout), .aligned_dq = is_aligned(p, &p->dq),
         .aligned_dk = is_aligned(p, &p->dk), .aligned_dv = is_aligned(p, &p->dv),
-        .d_bucket = bucket_of(p)->channels, .splits = 1,
+        .whole_q = is_aligned(p, &p->q) && p->d == bucket, .whole_k = is_aligned(p, &p->k) && p->d == bucket,
+        .whole_v = is_aligned(p, &p->v) && p->d_v == bucket, .whole_dout = is_aligned(p, &p->dout) && p->d_v == bucket,
+        .d_bucket = bucket, .splits = 1,
     };
 }
 
@@ -229,8 +231,9 @@ static void plan_bias_gradient(struct plan *plan, const struct fa_cuda_device *d
 static void plan_backward(struct plan *plan, const struct fa_cuda_device *device)
 {
     struct fa_cuda_args *a = &plan->args;
-    const int64_t padded = a->p.cu_q ? pad(a->p.total_q, ROW_PAD) + ROW_PAD * a->p.b : pad(a->p.sq, ROW_PAD);
+    const int64_t to = plan->kernel.block_m, padded = a->p.cu_q ? pad(a->p.total_q, to) + to * a->p.b : pad(a->p.sq, to);
     const int64_t rows = padded * a->p.h * (a->p.cu_q ? 1 : a->p.b);
+    a->row_pad = (int)to;
     a->padded_rows = (int)padded;
     a->dq_accum = take(plan, rows * a->d_bucket * (int64_t)sizeof(float));
     a->lse2 = take(plan, rows * (int64_t)sizeof(float));
@@ -335,7 +338,7 @@ static enum fa_status run_backward(const struct plan *plan, struct fa_error *err
     const struct fa_cuda_args *a = &plan->args;
     const int64_t tiles = a->p.b * a->p.hk * a->n_tiles;
     enum fa_status status = launch_mask(a, error);
-    if (!status) status = launch_rows("launch of the prepare kernel", fa_cuda_prepare, pad(a->p.sq, ROW_PAD), a, error);
+    if (!status) status = launch_rows("launch of the prepare kernel", fa_cuda_prepare, pad(a->p.sq, a->row_pad), a, error);
     if (!status) status = launch("launch of the backward kernel", &plan->kernel, tiles, 1, a, error);
     if (!status) status = launch_rows("launch of the convert kernel", fa_cuda_convert, a->p.sq, a, error);
     if (!status && a->p.dbias.ptr) status = launch_bias_gradient(a, error);
@@ -365,10 +368,10 @@ static enum fa_status check_sizes(const struct fa_params *p, struct fa_error *wh
     if (p->d > LARGEST_HEAD_DIM || p->d_v > LARGEST_HEAD_DIM)
         return fa_fail(why, FA_UNSUPPORTED, "serves head dimensions up to %d, got %lld for q and k, %lld for v; pass CPU tensors",
                        LARGEST_HEAD_DIM, (long long)p->d, (long long)p->d_v);
-    if (queries >= ROW_LIMIT || p->sk >= ROW_LIMIT || p->b >= ROW_LIMIT / ROW_PAD)
+    if (queries >= ROW_LIMIT || p->sk >= ROW_LIMIT || p->b >= ROW_LIMIT / LARGEST_BLOCK)
         return fa_fail(why, FA_UNSUPPORTED, "serves fewer than 2^30 queries and keys in fewer than 2^23 sequences, got %lld, "
                        "%lld and %lld; split the call", (long long)queries, (long long)p->sk, (long long)p->b);
-    if (p->b * p->h > GRID_LIMIT / (blocks_of(longest, SMALLEST_BLOCK) + ROW_PAD))
+    if (p->b * p->h > GRID_LIMIT / (blocks_of(longest, SMALLEST_BLOCK) + LARGEST_BLOCK))
         return fa_fail(why, FA_UNSUPPORTED, "serves fewer than 2^31 tiles of %d rows, got batch size %lld x %lld heads x %lld "
                        "rows; split the batch", SMALLEST_BLOCK, (long long)p->b, (long long)p->h, (long long)longest);
     return FA_OK;

@@ -22,13 +22,15 @@ template <enum fa_dtype T> FA_DEVICE float dot_product(const fa_cuda_args &a, co
     return row_sum(sum);
 }
 
+FA_DEVICE int padded(int rows, int to) { return (rows + to - 1) / to * to; }
+
 template <enum fa_dtype T>
 __global__ void __launch_bounds__(HELPER_THREADS) prepare_kernel(const __grid_constant__ fa_cuda_args a)
 {
     const fa_params &p = a.p;
-    const helper_row r = helper_row_of(a, ((int)p.sq + 127) / 128 * 128);
+    const helper_row r = helper_row_of(a, padded((int)p.sq, a.row_pad));
     const sequence s = sequence_of(p, r.b);
-    if (r.i >= (s.sq + 127) / 128 * 128) return;
+    if (r.i >= padded(s.sq, a.row_pad)) return;
     const int64_t row = padded_row(a, s, r.b, r.head) + r.i;
 
     const float sum = dot_product<T>(a, r, s.q0 + r.i, r.i < s.sq ? (int)p.d_v : 0);

@@ -40,6 +40,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     const sequence seq;
     const uint32_t k_tile, v_tile, ds_tile, p_tile, stages, bias_tiles;
     int m_first, m_last;                                            /* query tiles [first, last) */
+    const uint16_t *q_at, *dout_at;                                 /* this thread's start in the next tile to load */
+    const float *row_at;                                            /* and its four of lse2 or delta */
     float dv[KT][DT][4], dk[KT][DT][4];
 
     __device__ __forceinline__ backward(const fa_cuda_args &args, int batch, int kv, int n, uint32_t shared)
@@ -90,19 +92,28 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
         return has_mask<VARIANT>(a) ? next(at) : position{ at.head, m_last - 1 };
     }
 
+    /* Tiles come in descending order: all but a head's first exist whole. */
+    using whole = whole_tile<D, THREADS>;
     __device__ __forceinline__ void load_stage(const position &at, int stage)
     {
         if (!done(at)) {
-            const int i0 = at.m * BLOCK_M;
+            const int i0 = at.m * BLOCK_M, thread = threadIdx.x;
             const uint32_t tile = stages + stage * STAGE_BYTES;
-            load_tile<BLOCK_M, D, THREADS>(tile, queries(a.p.q, at.head, i0, (int)a.p.d, a.aligned_q));
-            load_tile<BLOCK_M, D, THREADS>(tile + Q_BYTES, queries(a.p.dout, at.head, i0, (int)a.p.d_v, a.aligned_dout));
+            if (at.m == m_last - 1 || has_mask<VARIANT>(a)) {       /* the tile before may have been passed over */
+                q_at = queries(a.p.q, at.head, i0, 0, true).ptr + whole::first(a.p.q.stride_s);
+                dout_at = queries(a.p.dout, at.head, i0, 0, true).ptr + whole::first(a.p.dout.stride_s);
+                row_at = (thread < BLOCK_M / 4 ? a.lse2 : a.delta) + padded_row(a, seq, b, at.head) + i0 + thread % (BLOCK_M / 4) * 4;
+            }
+            if (a.whole_q && at.m < m_last - 1) whole::template load<BLOCK_M>(tile, q_at, a.p.q.stride_s);
+            else load_tile<BLOCK_M, D, THREADS>(tile, queries(a.p.q, at.head, i0, (int)a.p.d, a.aligned_q));
+            if (a.whole_dout && at.m < m_last - 1) whole::template load<BLOCK_M>(tile + Q_BYTES, dout_at, a.p.dout.stride_s);
+            else load_tile<BLOCK_M, D, THREADS>(tile + Q_BYTES, queries(a.p.dout, at.head, i0, (int)a.p.d_v, a.aligned_dout));
+            if (thread < BLOCK_M / 2) cp_async_16(tile + 2 * Q_BYTES + thread * 16, row_at, 16);
             if (VARIANT != FA_PLAIN && a.bias_staged)
                 load_bias_tile<BLOCK_M, BLOCK_N, THREADS>(bias_tiles + stage * BIAS_TILE_BYTES, a, seq, b, at.head, i0, j0);
-            const int64_t row = padded_row(a, seq, b, at.head) + i0;
-            const int thread = threadIdx.x, chunk = thread % (BLOCK_M / 4);
-            if (thread < BLOCK_M / 2)
-                cp_async_16(tile + 2 * Q_BYTES + thread * 16, (thread < BLOCK_M / 4 ? a.lse2 : a.delta) + row + chunk * 4, 16);
+            q_at -= BLOCK_M * a.p.q.stride_s;
+            dout_at -= BLOCK_M * a.p.dout.stride_s;
+            row_at -= BLOCK_M;
         }
         cp_async_commit();
     }
@@ -117,21 +128,21 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
                 #pragma unroll
                 for (int e = 0; e < 4; e++) c[k][n][e] = 0.0f;
         const uint32_t x_at = left + key_warp * KEYS * D * 2 + lane_a<D>(lane), y_at = right + q_warp * QUERIES * D * 2 + lane_b<D>(lane);
-        #pragma unroll (D >= 64 ? 2 : D / 16)           /* more at a time spills */
+        uint32_t x[2][KT][4], y[2][NT / 2][4];              /* operands of this step and of the next */
+        auto load = [&](int d) {
+            #pragma unroll
+            for (int k = 0; k < KT; k++) ldmatrix(x[d % 2][k], step<D>(x_at, d) + k * 16 * D * 2);
+            #pragma unroll
+            for (int n = 0; n < NT / 2; n++) ldmatrix(y[d % 2][n], step<D>(y_at, d) + n * 16 * D * 2);
+        };
+        load(0);
+        #pragma unroll
         for (int d = 0; d < D / 16; d++) {
-            uint32_t x[KT][4];
+            if (d + 1 < D / 16) load(d + 1);
             #pragma unroll
-            for (int k = 0; k < KT; k++) ldmatrix(x[k], step<D>(x_at, d) + k * 16 * D * 2);
-            #pragma unroll
-            for (int n = 0; n < NT; n += 2) {
-                uint32_t y[4];
-                ldmatrix(y, step<D>(y_at, d) + n * 8 * D * 2);
+            for (int n = 0; n < NT; n++)
                 #pragma unroll
-                for (int k = 0; k < KT; k++) {
-                    mma<T>(c[k][n], x[k], y[0], y[1]);
-                    mma<T>(c[k][n + 1], x[k], y[2], y[3]);
-                }
-            }
+                for (int k = 0; k < KT; k++) mma<T>(c[k][n], x[d % 2][k], y[d % 2][n / 2][n % 2 * 2], y[d % 2][n / 2][n % 2 * 2 + 1]);
         }
     }
 
@@ -238,6 +249,13 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     {
         const bool mods = has_score_mod<VARIANT>(a);
         const float slope = mods ? alibi_slope(a, b, head) : 0.0f;
+        const int i = i0 + (lane & 3) * 2, j = j0 + key_warp * KEYS + (lane >> 2);
+        int first[KT][2], last;                         /* queries, less i, that see key j + 16 k + 8 half: [first, last + 16 k + 8 half) */
+        if (MASKED) {
+            #pragma unroll
+            for (int x = 0; x < 2 * KT; x++) first[x / 2][x % 2] = j + x * 8 < seq.sk ? first_query(a, seq, j + x * 8) - i : BLOCK_M;
+            last = a.window_left < 0 ? BLOCK_M : j + a.window_left - seq.sk + seq.sq + 1 - i;
+        }
         #pragma unroll
         for (int n = 0; n < NT; n += 2) {
             float2 lse2[2];
@@ -250,17 +268,18 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
                     #pragma unroll
                     for (int x = 0; x < 8; x++) {
                         float &score = s[k][n + x / 4][x % 4];
-                        score = modify_score(a, score, slope, query(i0, n + x / 4, x) + seq.sk - seq.sq - key(k, x % 4), derivative[x]);
+                        const int column = (n + x / 4) * 8 + x % 2, row = k * 16 + x % 4 / 2 * 8;
+                        score = modify_score(a, score, slope, i + column + seq.sk - seq.sq - j - row, derivative[x]);
                     }
                 }
                 if (VARIANT != FA_PLAIN && a.bias_staged) add_staged_bias(s[k][n], s[k][n + 1], k, n, bias_tile);
                 else if (MASKED && has_bias<VARIANT>(a)) add_bias(s[k][n], s[k][n + 1], k, n, head, i0);
                 #pragma unroll
                 for (int x = 0; x < 8; x++) {
-                    const int i = query(i0, n + x / 4, x), j = key(k, x % 4);
+                    const int column = (n + x / 4) * 8 + x % 2, half = x % 4 / 2;
                     float &score = s[k][n + x / 4][x % 4];
                     score = exp2_approx(fmaf(score, a.exponent_scale, x % 2 ? -lse2[x / 4].y : -lse2[x / 4].x));
-                    if (MASKED && (j < first_key(a, seq, i) || j >= last_key(a, seq, i))) score = 0.0f;
+                    if (MASKED && (column < first[k][half] || column - k * 16 - half * 8 >= last)) score = 0.0f;
                 }
                 #pragma unroll
                 for (int r = 0; r < 4; r++) left[n / 2][k][r] = pack<T>(s[k][n + r / 2][r % 2 * 2], s[k][n + r / 2][r % 2 * 2 + 1]);
@@ -273,21 +292,21 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
         if (MASKED && has_mask<VARIANT>(a)) hide(s, left, head, i0);
     }
 
-    /* Flags of what dropout drops, per 16x16 piece, two pieces at a time along the queries. */
+    /* Flags of what dropout drops, per 16x16 piece, two pieces at a time. */
     __device__ __forceinline__ void dropout_flags(uint32_t (&flags)[KT][NT / 2][2], int head, int i0)
     {
         const uint32_t batch_head = b * (int)a.p.h + head;
+        constexpr int PIECES = KT * NT / 2;
         #pragma unroll
-        for (int k = 0; k < KT; k++)
+        for (int at = 0; at < PIECES; at += 2) {
+            uint32_t bytes[2][2], piece_i[2], piece_j[2];
             #pragma unroll
-            for (int q = 0; q < NT / 2; q += 2) {
-                const uint32_t piece_j = (j0 + key_warp * KEYS) / 16 + k;
-                const uint32_t pieces_i[2] = { i0 / 16u + q, i0 / 16u + q + 1 }, pieces_j[2] = { piece_j, piece_j };
-                uint32_t bytes[2][2];
-                dropout_bytes(bytes, a.p.rng[0], a.p.rng[1], batch_head, pieces_i, pieces_j, lane, true);
-                #pragma unroll
-                for (int x = 0; x < 4; x++) flags[k][q + x / 2][x % 2] = dropped_flags(bytes[x / 2][x % 2], a.keep256);
-            }
+            for (int x = 0; x < 2; x++) piece_i[x] = i0 / 16u + (at + x) / KT, piece_j[x] = (j0 + key_warp * KEYS) / 16u + (at + x) % KT;
+            dropout_bytes(bytes, a.p.rng[0], a.p.rng[1], batch_head, piece_i, piece_j, lane, true);
+            #pragma unroll
+            for (int x = 0; x < 4 && at + x / 2 < PIECES; x++)
+                flags[(at + x / 2) % KT][(at + x / 2) / KT][x % 2] = dropped_flags(bytes[x / 2][x % 2], a.keep256);
+        }
     }
 
     /* This warp's part of P^T or dS^T (BLOCK_N, BLOCK_M) to shared memory. */
@@ -313,22 +332,22 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
         #pragma unroll 1
         for (int column = column0; column < column0 + DQ_DT; column += DQ_STEP) {
             float dq[DQ_M / 16][DQ_STEP][4] = {};
+            uint32_t x[2][DQ_M / 16][4], y[2][DQ_STEP / 2][4];
+            auto load = [&](int k) {
+                #pragma unroll
+                for (int i = 0; i < DQ_M / 16; i++) ldmatrix_trans(x[k % 2][i], step<BLOCK_M>(x_at, row0 / 16 + i) + k * 16 * BLOCK_M * 2);
+                #pragma unroll
+                for (int j = 0; j < DQ_STEP / 2; j++) ldmatrix_trans(y[k % 2][j], step<D>(y_at, column / 2 + j) + k * 16 * D * 2);
+            };
+            load(0);
             #pragma unroll
             for (int k = 0; k < BLOCK_N / 16; k++) {
-                uint32_t x[DQ_M / 16][4];
+                if (k + 1 < BLOCK_N / 16) load(k + 1);
                 #pragma unroll
-                for (int i = 0; i < DQ_M / 16; i++)
-                    ldmatrix_trans(x[i], step<BLOCK_M>(x_at, row0 / 16 + i) + k * 16 * BLOCK_M * 2);
-                #pragma unroll
-                for (int j = 0; j < DQ_STEP; j += 2) {
-                    uint32_t y[4];
-                    ldmatrix_trans(y, step<D>(y_at, (column + j) / 2) + k * 16 * D * 2);
+                for (int j = 0; j < DQ_STEP; j++)
                     #pragma unroll
-                    for (int i = 0; i < DQ_M / 16; i++) {
-                        mma<T>(dq[i][j], x[i], y[0], y[1]);
-                        mma<T>(dq[i][j + 1], x[i], y[2], y[3]);
-                    }
-                }
+                    for (int i = 0; i < DQ_M / 16; i++)
+                        mma<T>(dq[i][j], x[k % 2][i], y[k % 2][j / 2][j % 2 * 2], y[k % 2][j / 2][j % 2 * 2 + 1]);
             }
             float *sums = a.dq_accum + dq_block<D>(row, column);
             #pragma unroll
@@ -382,12 +401,10 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
             for (int k = 0; k < KT; k++)
                 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    float x = dp[k][n][e];
-                    if (VARIANT == FA_DROPOUT) {
-                        const uint32_t dropped = dropped_one(flags[k][n / 2][e % 2], 2 * (n % 2) + e / 2);
-                        x = __uint_as_float(__float_as_uint(x) & ~dropped) * a.kept;
-                    }
-                    dp[k][n][e] = s[k][n][e] * (x - (e % 2 ? delta.y : delta.x));
+                    float z = 1.0f;
+                    if (VARIANT == FA_DROPOUT)
+                        z = __uint_as_float(__float_as_uint(a.kept) & ~dropped_one(flags[k][n / 2][e % 2], 2 * (n % 2) + e / 2));
+                    dp[k][n][e] = s[k][n][e] * fmaf(dp[k][n][e], z, -(e % 2 ? delta.y : delta.x));
                 }
         }
     }
@@ -399,12 +416,10 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
         float s[KT][NT][4], dp[KT][NT][4];
         uint32_t flags[KT][NT / 2][2], left[NT / 2][KT][4];
         product(s, k_tile, q_tile);
+        if (VARIANT == FA_DROPOUT) dropout_flags(flags, head, i0);
         product(dp, v_tile, dout_tile);
         probabilities<MASKED>(s, left, head, i0, lse2_row, bias_tiles + stage * BIAS_TILE_BYTES);
-        if (VARIANT == FA_DROPOUT) {
-            dropout_flags(flags, head, i0);
-            drop(left, flags);
-        }
+        if (VARIANT == FA_DROPOUT) drop(left, flags);
         if (Q_WARPS > 1) share(p_tile, left);
         accumulate_own(dv, left, dout_tile);
         score_gradients(dp, s, flags, lse2_row + BLOCK_M * 4);

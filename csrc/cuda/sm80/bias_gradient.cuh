@@ -163,7 +163,7 @@ template <enum fa_dtype T> struct bias_gradient {
             #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int i = query(at, m, half), first = first_key(a, seq, i) - j, last = last_key(a, seq, i) - j;
-                const float lse2 = __ldg(a.lse2 + row0 + i);
+                const float lse2 = i < seq.sq ? __ldg(a.lse2 + row0 + i) : INFINITY;
                 #pragma unroll
                 for (int n = 0; n < NT; n++) {
                     float &x = s[m][n][2 * half], &y = s[m][n][2 * half + 1], unused;
@@ -229,7 +229,7 @@ template <enum fa_dtype T> struct bias_gradient {
         for (int m = 0; m < MT; m++)
             #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const float delta = __ldg(a.delta + row0 + query(at, m, half));
+                const float delta = query(at, m, half) < seq.sq ? __ldg(a.delta + row0 + query(at, m, half)) : 0.0f;
                 #pragma unroll
                 for (int x = 0; x < 2 * NT; x++) {
                     const int n = x / 2, e = 2 * half + x % 2;

@@ -2,12 +2,12 @@
  *
  *     S = Q K^T    P = exp2(c S - m)    l = rowsum P    O = P V / l    lse = ln 2 (m + log2 l)        c = scale log2 e
  *
- * Each warp owns 16 or 32 of the rows, all keys and all channels: softmax needs no other warp. K and V tiles come by cp.async
- * through STAGES stages, one barrier a tile. A tile is worked off in pieces of SUB_N keys whose scores are all issued first:
+ * Each warp owns 16 or 32 of the rows, all keys and all channels: softmax needs no other warp. K and V tiles come by cp.async,
+ * through two stages with one barrier a tile, or through one, where V loads behind S and the next K behind O:
  *
- *     S(0) S(1) | softmax(0) O += P(0) V(0) | softmax(1) O += P(1) V(1)
+ *     S = Q K^T | maxima | P(0) | P(1)  O += P(0) V(0) | P(2)  O += P(1) V(1) | ...          P(k): 16 keys
  *
- * so the tensor cores work on S(1) while softmax(0) runs, on O while softmax(1) runs, and the registers hold one tile of S.
+ * so the tensor cores work on O while the next exponents are taken, and the registers of S are free as soon as they are P.
  * 32 rows a warp halve the shared-memory reads per product; from D = 192 on O does not leave registers for that.
  * Tiles that some row does not see whole take a second copy of the loop body with masks. Keys run from last to first. */
 #ifndef FA_SM80_FORWARD_CUH
@@ -23,19 +23,22 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     enum : int {
         WARPS = Tile::WARPS, THREADS = 32 * WARPS, BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, STAGES = Tile::STAGES,
         ROWS = BLOCK_M / WARPS, MT = ROWS / 16,             /* rows of a warp; 16-row pieces of them */
-        SUB_N = Tile::SUB_N, SUBS = BLOCK_N / SUB_N, NT = SUB_N / 8, DT = D / 8,
+        NT = BLOCK_N / 8, KT = BLOCK_N / 16, DT = D / 8,    /* keys by 8 and by 16, channels by 8 */
+        AHEAD = MT == 1,                                    /* operands of S load a step ahead, where registers allow */
         ROW_BYTES = 2 * D, KV_BYTES = BLOCK_N * ROW_BYTES, Q_BYTES = BLOCK_M * ROW_BYTES,
         SHARED_BYTES = Q_BYTES + 2 * STAGES * KV_BYTES, BIAS_TILE_BYTES = BLOCK_M * BLOCK_N * 2, BIAS_BYTES = STAGES * BIAS_TILE_BYTES,
     };
     static constexpr float LARGEST_SHIFT = 4096.0f;         /* rounded to 2^-13: fp16 has 11 bits */
-    static_assert(BLOCK_M % (16 * WARPS) == 0 && BLOCK_N % SUB_N == 0 && SUB_N % 32 == 0 && D % 32 == 0, "whole fragments");
+    static_assert(BLOCK_M % (16 * WARPS) == 0 && BLOCK_N % 32 == 0 && D % 32 == 0, "whole fragments");
 
     const fa_cuda_args &a;
     const int lane, warp, b, head, kv_head, i0;             /* i0: first query of the block */
     const sequence seq;
     const uint32_t q_tile, k_tiles, v_tiles, bias_tiles;
     int n_first, n_last;                                    /* tiles [first, last) */
+    const uint16_t *k_at, *v_at;                            /* this thread's start in the next tile to load */
 
+    uint64_t seed, offset;                                  /* of dropout: loads cannot move over the loop's barriers */
     float o[MT][DT][4];
     float row_max[MT][2], row_sum[MT][2];                   /* rows g and g + 8 of each piece; the sum is this lane's share */
 
@@ -44,6 +47,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
           seq(sequence_of(args.p, batch)), q_tile(shared), k_tiles(shared + Q_BYTES), v_tiles(k_tiles + STAGES * KV_BYTES),
           bias_tiles(shared + SHARED_BYTES)
     {
+        if (VARIANT == FA_DROPOUT) seed = a.p.rng[0], offset = a.p.rng[1];
         #pragma unroll
         for (int m_ = 0; m_ < MT; m_++) {
             #pragma unroll
@@ -55,22 +59,32 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         }
     }
 
-    /* Keys from tile n on. Worked out afresh for every tile: pointers kept over the loop would spill. */
-    __device__ __forceinline__ rows_of keys(const fa_tensor &t, int n, int d, bool aligned) const
+    /* Tile n of K or V, if there is one, from this thread's place in it, which moves on. Tiles come in descending order: all but the
+     * first exist whole. */
+    using whole_rows = whole_tile<D, THREADS>;
+    __device__ __forceinline__ const uint16_t *place(const fa_tensor &t, int n) const
     {
-        return { (const uint16_t *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + n * BLOCK_N) * t.stride_s + kv_head * t.stride_h, t.stride_s,
-                 seq.sk - n * BLOCK_N, d, aligned };
+        return (const uint16_t *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + n * BLOCK_N) * t.stride_s + kv_head * t.stride_h
+             + whole_rows::first(t.stride_s);
     }
-    __device__ __forceinline__ void load_k(int n, int stage)
-    {
-        if (n >= n_first) load_tile<BLOCK_N, D, THREADS>(k_tiles + stage * KV_BYTES, keys(a.p.k, n, (int)a.p.d, a.aligned_k));
-    }
-    /* And the bias, which is wanted no sooner. */
-    __device__ __forceinline__ void load_v(int n, int stage)
+    template <bool FIRST>
+    __device__ __forceinline__ void load_keys(uint32_t tile, int n, const uint16_t *&at, const fa_tensor &t, int d, bool whole, bool aligned)
     {
         if (n < n_first) return;
-        load_tile<BLOCK_N, D, THREADS>(v_tiles + stage * KV_BYTES, keys(a.p.v, n, (int)a.p.d_v, a.aligned_v));
-        if (VARIANT != FA_PLAIN && a.bias_staged)
+        if (has_mask<VARIANT>(a)) at = place(t, n);         /* the tile before may have been passed over */
+        if (!FIRST && whole) whole_rows::template load<BLOCK_N>(tile, at, t.stride_s);
+        else load_tile<BLOCK_N, D, THREADS>(tile, { at - whole_rows::first(t.stride_s), t.stride_s, seq.sk - n * BLOCK_N, d, aligned });
+        at -= BLOCK_N * t.stride_s;
+    }
+    template <bool FIRST> __device__ __forceinline__ void load_k(int n, int stage)
+    {
+        load_keys<FIRST>(k_tiles + stage * KV_BYTES, n, k_at, a.p.k, (int)a.p.d, a.whole_k, a.aligned_k);
+    }
+    /* And the bias, which is wanted no sooner. */
+    template <bool FIRST> __device__ __forceinline__ void load_v(int n, int stage)
+    {
+        load_keys<FIRST>(v_tiles + stage * KV_BYTES, n, v_at, a.p.v, (int)a.p.d_v, a.whole_v, a.aligned_v);
+        if (VARIANT != FA_PLAIN && a.bias_staged && n >= n_first)
             load_bias_tile<BLOCK_M, BLOCK_N, THREADS>(bias_tiles + stage * BIAS_TILE_BYTES, a, seq, b, head, i0, n * BLOCK_N);
     }
 
@@ -86,8 +100,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         return !has_mask<VARIANT>(a) || tile_is_whole(a.mask, mask_plane(a.mask, b, head), i0 / BLOCK_M, n);
     }
 
-    /* S (ROWS, SUB_N) = Q K^T, keys from row `key` of the tile. */
-    __device__ __forceinline__ void scores(float (&s)[MT][NT][4], uint32_t k_tile, int key)
+    /* S (ROWS, BLOCK_N) = Q K^T */
+    __device__ __forceinline__ void scores(float (&s)[MT][NT][4], uint32_t k_tile)
     {
         #pragma unroll
         for (int m = 0; m < MT; m++)
@@ -96,28 +110,29 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
                 #pragma unroll
                 for (int e = 0; e < 4; e++) s[m][n][e] = 0.0f;
         const uint32_t q_at = q_tile + warp * ROWS * ROW_BYTES + lane_a<D>(lane);
-        const uint32_t k_at = k_tile + key * ROW_BYTES + lane_b<D>(lane);
+        const uint32_t k_at = k_tile + lane_b<D>(lane);
+        uint32_t q[2][MT][4], keys[2][NT / 2][4];           /* operands of this step and of the next */
+        auto load = [&](int k) {
+            #pragma unroll
+            for (int m = 0; m < MT; m++) ldmatrix(q[k % 2][m], step<D>(q_at, k) + m * 16 * ROW_BYTES);
+            #pragma unroll
+            for (int n = 0; n < NT / 2; n++) ldmatrix(keys[k % 2][n], step<D>(k_at, k) + n * 16 * ROW_BYTES);
+        };
+        if (AHEAD) load(0);
         #pragma unroll
         for (int k = 0; k < D / 16; k++) {
-            uint32_t q[MT][4];
+            if (!AHEAD) load(k);
+            else if (k + 1 < D / 16) load(k + 1);
             #pragma unroll
-            for (int m = 0; m < MT; m++) ldmatrix(q[m], step<D>(q_at, k) + m * 16 * ROW_BYTES);
-            #pragma unroll
-            for (int n = 0; n < NT; n += 2) {
-                uint32_t keys[4];
-                ldmatrix(keys, step<D>(k_at, k) + n * 8 * ROW_BYTES);
+            for (int n = 0; n < NT; n++)
                 #pragma unroll
-                for (int m = 0; m < MT; m++) {
-                    mma<T>(s[m][n], q[m], keys[0], keys[1]);
-                    mma<T>(s[m][n + 1], q[m], keys[2], keys[3]);
-                }
-            }
+                for (int m = 0; m < MT; m++) mma<T>(s[m][n], q[k % 2][m], keys[k % 2][n / 2][n % 2 * 2], keys[k % 2][n / 2][n % 2 * 2 + 1]);
         }
     }
 
     __device__ __forceinline__ int query(int m, int half) const { return i0 + warp * ROWS + m * 16 + half * 8 + (lane >> 2); }
 
-    __device__ __forceinline__ void add_staged_bias(float (&s)[MT][NT][4], uint32_t bias_tile, int key)
+    __device__ __forceinline__ void add_staged_bias(float (&s)[MT][NT][4], uint32_t bias_tile)
     {
         const uint32_t at = bias_tile + warp * ROWS * BLOCK_N * 2 + lane_a<BLOCK_N>(lane);
         #pragma unroll
@@ -125,7 +140,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             #pragma unroll
             for (int n = 0; n < NT; n += 2) {
                 uint32_t x[4];
-                ldmatrix(x, step<BLOCK_N>(at, key / 16 + n / 2) + m * 16 * BLOCK_N * 2);
+                ldmatrix(x, step<BLOCK_N>(at, n / 2) + m * 16 * BLOCK_N * 2);
                 add_piece<T>(s[m][n], s[m][n + 1], x, a.bias_scale);
             }
     }
@@ -144,8 +159,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             }
     }
 
-    /* Score mods and bias, then -inf where row and column do not see each other. j0: key of column 0, row `key` of the tile. */
-    template <bool MASKED> __device__ __forceinline__ void modify(float (&s)[MT][NT][4], int j0, uint32_t bias_tile, int key)
+    /* Score mods and bias, then -inf where row and column do not see each other. j0: key of column 0. */
+    template <bool MASKED> __device__ __forceinline__ void modify(float (&s)[MT][NT][4], int j0, uint32_t bias_tile)
     {
         const int j = j0 + (lane & 3) * 2;
         if (has_score_mod<VARIANT>(a)) {
@@ -159,7 +174,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
                     s[m][x / 4][x % 4] = modify_score(a, s[m][x / 4][x % 4], slope, distance, unused);
                 }
         }
-        if (VARIANT != FA_PLAIN && a.bias_staged) add_staged_bias(s, bias_tile, key);
+        if (VARIANT != FA_PLAIN && a.bias_staged) add_staged_bias(s, bias_tile);
         else if (MASKED && has_bias<VARIANT>(a)) add_bias(s, j);
         if (!MASKED) return;
         #pragma unroll
@@ -191,10 +206,10 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
                 }
     }
 
-    /* S becomes P; max, sum and O follow. O is rescaled only where some row of the warp has a new maximum. All rows go through each
-     * step together: one row's maximum, shuffles and exponent are a long chain of waits. One FMA an exponent is exact enough while
-     * the rounding of c max is; of larger scores the maximum is taken off first. */
-    __device__ __forceinline__ void softmax(float (&s)[MT][NT][4])
+    /* The maxima with this tile's scores; sums and O follow, only where some row of the warp has a new one. All rows go through each
+     * step together: one row's maximum and shuffles are a long chain of waits. P = exp2(c S - shift): one FMA is exact enough while
+     * the rounding of c max is; of larger scores the maximum is taken off here. */
+    __device__ __forceinline__ void maxima(float (&s)[MT][NT][4], float (&shift)[MT][2])
     {
         const float c = a.exponent_scale;
         float top[MT][2];
@@ -213,7 +228,6 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
                 moved |= top[m][half] > row_max[m][half];
             }
         if (__any_sync(0xffffffff, moved)) rescale(top);
-        float shift[MT][2];
         bool huge = false;
         #pragma unroll
         for (int m = 0; m < MT; m++)
@@ -233,20 +247,22 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
                     shift[m][half] = 0.0f;
                 }
         }
+    }
+
+    /* S becomes P, keys 16 k.. */
+    __device__ __forceinline__ void exponents(float (&s)[MT][NT][4], const float (&shift)[MT][2], int k)
+    {
         #pragma unroll
         for (int m = 0; m < MT; m++)
             #pragma unroll
             for (int half = 0; half < 2; half++) {
-                float sum = 0.0f;
                 #pragma unroll
-                for (int n = 0; n < NT; n++)
-                    #pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        float &x = s[m][n][2 * half + e];
-                        x = exp2_approx(fmaf(x, c, -shift[m][half]));
-                        sum += x;
-                    }
-                row_sum[m][half] += sum;
+                for (int x = 0; x < 4; x++) {
+                    float &p = s[m][2 * k + x / 2][2 * half + x % 2];
+                    p = exp2_approx(fmaf(p, a.exponent_scale, -shift[m][half]));
+                }
+                row_sum[m][half] += (s[m][2 * k][2 * half] + s[m][2 * k][2 * half + 1])
+                                  + (s[m][2 * k + 1][2 * half] + s[m][2 * k + 1][2 * half + 1]);
             }
     }
 
@@ -266,44 +282,41 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     }
 
     /* Flags of what dropout drops, per 16x16 piece, two pieces at a time. */
-    __device__ __forceinline__ void dropout_flags(uint32_t (&flags)[MT][NT / 2][2], int j0)
+    __device__ __forceinline__ void dropout_flags(uint32_t (&flags)[MT][KT][2], int j0)
     {
         const uint32_t batch_head = b * (int)a.p.h + head, first_i = (i0 + warp * ROWS) / 16, first_j = j0 / 16;
         #pragma unroll
-        for (int at = 0; at < MT * NT / 2; at += 2) {
+        for (int at = 0; at < MT * KT; at += 2) {
             uint32_t bytes[2][2], piece_i[2], piece_j[2];
             #pragma unroll
             for (int x = 0; x < 2; x++) piece_i[x] = first_i + (at + x) % MT, piece_j[x] = first_j + (at + x) / MT;
-            dropout_bytes(bytes, a.p.rng[0], a.p.rng[1], batch_head, piece_i, piece_j, lane, false);
+            dropout_bytes(bytes, seed, offset, batch_head, piece_i, piece_j, lane, false);
             #pragma unroll
             for (int x = 0; x < 4; x++)
                 flags[(at + x / 2) % MT][(at + x / 2) / MT][x % 2] = dropped_flags(bytes[x / 2][x % 2], a.keep256);
         }
     }
 
-    /* O += P V, keys from row `key` of the tile. Register r of a left operand: rows' half r % 2, keys' half r / 2. */
-    __device__ __forceinline__ void accumulate(const float (&s)[MT][NT][4], const uint32_t (&flags)[MT][NT / 2][2], uint32_t v_tile, int key)
+    /* O += P V, keys 16 k.. Register r of a left operand: rows' half r % 2, keys' half r / 2. */
+    __device__ __forceinline__ void accumulate(const float (&s)[MT][NT][4], const uint32_t (&flags)[MT][KT][2], uint32_t v_tile, int k)
     {
-        const uint32_t v_at = v_tile + key * ROW_BYTES + lane_b_trans<D>(lane);
+        const uint32_t v_at = v_tile + k * 16 * ROW_BYTES + lane_b_trans<D>(lane);
+        uint32_t p[MT][4];
         #pragma unroll
-        for (int k = 0; k < SUB_N / 16; k++) {
-            uint32_t p[MT][4];
+        for (int m = 0; m < MT; m++)
             #pragma unroll
-            for (int m = 0; m < MT; m++)
-                #pragma unroll
-                for (int r = 0; r < 4; r++) {
-                    p[m][r] = pack<T>(s[m][2 * k + r / 2][r % 2 * 2], s[m][2 * k + r / 2][r % 2 * 2 + 1]);
-                    if (VARIANT == FA_DROPOUT) p[m][r] &= ~dropped_pair(flags[m][k], 2 * (r % 2) + r / 2);
-                }
+            for (int r = 0; r < 4; r++) {
+                p[m][r] = pack<T>(s[m][2 * k + r / 2][r % 2 * 2], s[m][2 * k + r / 2][r % 2 * 2 + 1]);
+                if (VARIANT == FA_DROPOUT) p[m][r] &= ~dropped_pair(flags[m][k], 2 * (r % 2) + r / 2);
+            }
+        #pragma unroll
+        for (int j = 0; j < DT; j += 2) {
+            uint32_t v[4];
+            ldmatrix_trans(v, step<D>(v_at, j / 2));
             #pragma unroll
-            for (int j = 0; j < DT; j += 2) {
-                uint32_t v[4];
-                ldmatrix_trans(v, step<D>(v_at, j / 2) + k * 16 * ROW_BYTES);
-                #pragma unroll
-                for (int m = 0; m < MT; m++) {
-                    mma<T>(o[m][j], p[m], v[0], v[1]);
-                    mma<T>(o[m][j + 1], p[m], v[2], v[3]);
-                }
+            for (int m = 0; m < MT; m++) {
+                mma<T>(o[m][j], p[m], v[0], v[1]);
+                mma<T>(o[m][j + 1], p[m], v[2], v[3]);
             }
         }
     }
@@ -315,26 +328,27 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         const int after = tile_after(n), other = stage ^ (STAGES - 1);
         cp_async_wait<0>();
         __syncthreads();                            /* tile n (one stage: K(n)) is here for all, and all are done with the one before */
-        if (STAGES > 1) load_k(after, other);
-        load_v(STAGES > 1 ? after : n, other);
+        if (STAGES > 1) load_k<false>(after, other), load_v<false>(after, other);
+        else if (n == n_last - 1) load_v<true>(n, other);
+        else load_v<false>(n, other);
         cp_async_commit();
-        float s[SUBS][MT][NT][4];
-        #pragma unroll
-        for (int sub = 0; sub < SUBS; sub++) scores(s[sub], k_tile, sub * SUB_N);
+        float s[MT][NT][4], shift[MT][2];
+        uint32_t dropped[MT][KT][2];
+        if (VARIANT == FA_DROPOUT) dropout_flags(dropped, n * BLOCK_N);
+        scores(s, k_tile);
         if (STAGES == 1) {
             cp_async_wait<0>();
             __syncthreads();                        /* V(n) is here for all, and all are done with K(n) */
-            load_k(after, other);
+            load_k<false>(after, other);
             cp_async_commit();
         }
+        if (MASKED || VARIANT != FA_PLAIN) modify<MASKED>(s, n * BLOCK_N, bias_tiles + stage * BIAS_TILE_BYTES);
+        maxima(s, shift);
+        exponents(s, shift, 0);
         #pragma unroll
-        for (int sub = 0; sub < SUBS; sub++) {
-            const int j0 = n * BLOCK_N + sub * SUB_N;
-            uint32_t dropped[MT][NT / 2][2];
-            if (MASKED || VARIANT != FA_PLAIN) modify<MASKED>(s[sub], j0, bias_tiles + stage * BIAS_TILE_BYTES, sub * SUB_N);
-            softmax(s[sub]);
-            if (VARIANT == FA_DROPOUT) dropout_flags(dropped, j0);
-            accumulate(s[sub], dropped, v_tile, sub * SUB_N);
+        for (int k = 0; k < KT; k++) {
+            if (k + 1 < KT) exponents(s, shift, k + 1);
+            accumulate(s, dropped, v_tile, k);
         }
         return after;
     }
@@ -344,10 +358,12 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     {
         const int i_end = min(i0 + BLOCK_M, seq.sq) - 1;
         const int whole_first = (first_key(a, seq, i_end) + BLOCK_N - 1) / BLOCK_N, whole_last = max(last_key(a, seq, i0), 0) / BLOCK_N;
-        int n = tile_after(n_last), stage = 0;
         load_tile<BLOCK_M, D, THREADS>(q_tile, query_rows());
-        load_k(n, stage);
-        if (STAGES > 1) load_v(n, stage);
+        k_at = place(a.p.k, n_last - 1);
+        v_at = place(a.p.v, n_last - 1);
+        int n = tile_after(n_last), stage = 0;
+        load_k<true>(n, stage);
+        if (STAGES > 1) load_v<true>(n, stage);
         cp_async_commit();
         while (n >= n_first) {
             for (; n >= n_first && (n >= whole_last || n < whole_first || !needs_no_mask(n)); stage ^= STAGES - 1) n = tile<true>(n, stage);
