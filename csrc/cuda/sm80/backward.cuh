@@ -256,36 +256,43 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
             for (int x = 0; x < 2 * KT; x++) first[x / 2][x % 2] = j + x * 8 < seq.sk ? first_query(a, seq, j + x * 8) - i : BLOCK_M;
             last = a.window_left < 0 ? BLOCK_M : j + a.window_left - seq.sk + seq.sq + 1 - i;
         }
+        constexpr int WIDE = VARIANT == FA_PLAIN ? 1 : 2;               /* accumulators at a time: a bias comes by 16 x 16 */
         #pragma unroll
-        for (int n = 0; n < NT; n += 2) {
-            float2 lse2[2];
+        for (int n = 0; n < NT; n += WIDE) {
+            float2 lse2[WIDE];
             #pragma unroll
-            for (int x = 0; x < 2; x++) lse2[x] = load_shared_8(lse2_row + (n + x) * 32 + (lane & 3) * 8);
+            for (int x = 0; x < WIDE; x++) lse2[x] = load_shared_8(lse2_row + (n + x) * 32 + (lane & 3) * 8);
             #pragma unroll
-            for (int k = 0; k < KT; k++) {                          /* a piece of 16 keys x 16 queries */
-                float derivative[8];
+            for (int k = 0; k < KT; k++) {
+                float derivative[4 * WIDE];
                 if (mods) {
                     #pragma unroll
-                    for (int x = 0; x < 8; x++) {
+                    for (int x = 0; x < 4 * WIDE; x++) {
                         float &score = s[k][n + x / 4][x % 4];
                         const int column = (n + x / 4) * 8 + x % 2, row = k * 16 + x % 4 / 2 * 8;
                         score = modify_score(a, score, slope, i + column + seq.sk - seq.sq - j - row, derivative[x]);
                     }
                 }
-                if (VARIANT != FA_PLAIN && a.bias_staged) add_staged_bias(s[k][n], s[k][n + 1], k, n, bias_tile);
-                else if (MASKED && has_bias<VARIANT>(a)) add_bias(s[k][n], s[k][n + 1], k, n, head, i0);
-                #pragma unroll
-                for (int x = 0; x < 8; x++) {
-                    const int column = (n + x / 4) * 8 + x % 2, half = x % 4 / 2;
-                    float &score = s[k][n + x / 4][x % 4];
-                    score = exp2_approx(fmaf(score, a.exponent_scale, x % 2 ? -lse2[x / 4].y : -lse2[x / 4].x));
-                    if (MASKED && (column < first[k][half] || column - k * 16 - half * 8 >= last)) score = 0.0f;
+                if constexpr (VARIANT != FA_PLAIN) {
+                    if (a.bias_staged) add_staged_bias(s[k][n], s[k][n + 1], k, n, bias_tile);
+                    else if (MASKED && a.p.bias.ptr) add_bias(s[k][n], s[k][n + 1], k, n, head, i0);
                 }
                 #pragma unroll
-                for (int r = 0; r < 4; r++) left[n / 2][k][r] = pack<T>(s[k][n + r / 2][r % 2 * 2], s[k][n + r / 2][r % 2 * 2 + 1]);
+                for (int r = 0; r < 2 * WIDE; r++) {
+                    const int half = r % 2, row = k * 16 + half * 8;
+                    float (&pair)[4] = s[k][n + r / 2];
+                    #pragma unroll
+                    for (int c = 0; c < 2; c++) {
+                        const int column = (n + r / 2) * 8 + c;
+                        float &x = pair[2 * half + c];
+                        x = exp2_approx(fmaf(x, a.exponent_scale, c ? -lse2[r / 2].y : -lse2[r / 2].x));
+                        if (MASKED && (column < first[k][half] || column - row >= last)) x = 0.0f;
+                    }
+                    left[(n + r / 2) / 2][k][(n + r / 2) % 2 * 2 + half] = pack<T>(pair[2 * half], pair[2 * half + 1]);
+                }
                 if (mods) {
                     #pragma unroll
-                    for (int x = 0; x < 8; x++) s[k][n + x / 4][x % 4] *= derivative[x];
+                    for (int x = 0; x < 4 * WIDE; x++) s[k][n + x / 4][x % 4] *= derivative[x];
                 }
             }
         }
