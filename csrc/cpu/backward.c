@@ -162,7 +162,7 @@ static void tile(const struct backward *job, const struct scratch *t, const stru
     ops->softmax_backward(s, ds, m, n, plan->exponent_scale, job->lse + row, job->delta + row, t->z, bias_next ? NULL : t->derivative);
     fa_cpu_add_tile(&job->dbias, rows, item, block, ds, count);
     float row_sums[BACKWARD_M];
-    fa_cpu_sum_rows(&job->dbias, rows, ds, n, row_sums);
+    fa_cpu_sum_rows(&job->dbias, rows, ds, count, row_sums);
     if (bias_next) ops->multiply(ds, m, n, t->derivative);
 
     const struct fa_left p_t = { t->s, 1, BACKWARD_N }, ds_t = { t->ds, 1, BACKWARD_N };
@@ -244,7 +244,7 @@ enum fa_status fa_cpu_backward(const struct fa_params *p, struct fa_error *error
     struct backward job;
     make_backward(&job, p, &arena);
     memset(job.prepared, 0, (size_t)(4 * p->b * p->hk));
-    fa_cpu_clear_dbias(&job.dbias);
+    fa_cpu_begin_dbias(&job.dbias);
     fa_parallel(p->n_threads, job.plan.total.row_blocks + job.plan.total.key_blocks, work, &job);
     fa_cpu_finish_dbias(&job.dbias);
     fa_fill_outside(FA_BACKWARD, p);

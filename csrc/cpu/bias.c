@@ -34,22 +34,25 @@ static const uint8_t *mask_row(const struct fa_scores *t, int64_t at, int64_t co
     return copy;
 }
 
+/* A tile of which everything is known before its end is left there: the last column is seen, and something is hidden. */
 static struct cpu_view view_of_mask(const struct fa_scores *t, const struct cpu_rows *rows, int64_t row, int64_t j0, int64_t count)
 {
-    uint8_t any[MOST_COLUMNS] = {0}, all[MOST_COLUMNS], copy[MOST_COLUMNS];
-    memset(all, 1, sizeof all);
-    for (int64_t r = row, before = INT64_MIN; r < rows->count; r++) {
+    uint8_t any[MOST_COLUMNS] = {0}, copy[MOST_COLUMNS];
+    bool masked = false;
+    for (int64_t r = row, before = INT64_MIN; r < rows->count && !(masked && any[count - 1]); r++) {
         const int64_t at = offset_of(t, rows, r, j0);
         if (at == before) continue;
         before = at;
         const uint8_t *seen = mask_row(t, at, count, copy);
+        uint8_t all = 1;
         for (int64_t j = 0; j < count; j++) {
             any[j] |= seen[j];
-            all[j] &= seen[j] != 0;
+            all &= seen[j] != 0;
         }
+        masked |= !all;
     }
     while (count > 0 && !any[count - 1]) count--;
-    return (struct cpu_view){ count, memchr(all, 0, (size_t)count) != NULL };
+    return (struct cpu_view){ count, masked };
 }
 
 /* Whether `count` elements from `at` on are all -inf; nearly always the first one is not. */

@@ -20,6 +20,7 @@ INLINE void store_half(uint16_t *p, vf x)
 {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
+INLINE vi load_bytes(const uint8_t *p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
 INLINE v64 multiply_even(v64 x, uint32_t m) { return (v64)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi32((int)m)); }
 
 #include "ops_simd.h"

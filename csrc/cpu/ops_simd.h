@@ -374,16 +374,15 @@ static void add_bias(struct fa_result s, int64_t rows, int64_t n, float factor, 
 
 INLINE void mask_vector(float *s, const uint8_t *mask)
 {
-    typedef uint8_t bytes __attribute__((vector_size(VL)));
-    bytes seen;
-    memcpy(&seen, mask, sizeof seen);
-    const vi hidden = (vi)(__builtin_convertvector(seen, v32) == 0), infinite = (vi)broadcast(-__builtin_inff());
+    const vi hidden = load_bytes(mask) == 0, infinite = (vi)broadcast(-__builtin_inff());
     store(s, (vf)(((vi)load(s) & ~hidden) | (infinite & hidden)));
 }
 
 static void apply_mask(struct fa_result s, int64_t rows, int64_t n, const uint8_t *mask, int64_t stride)
 {
     for (int64_t r = 0; r < rows; r++, s.ptr += s.row, mask += stride) {
+        if (r + 8 < rows)
+            for (int64_t line = 0; line < n; line += 64) __builtin_prefetch(mask + 8 * stride + line);
         int64_t j = 0;
         for (; j + VL <= n; j += VL) mask_vector(s.ptr + j, mask + j);
         if (j < n) {

@@ -174,6 +174,37 @@ static void check_score_rows(const struct fa_cpu_ops *ops)
     free(s); free(t); free(derivative);
 }
 
+/* A bias against plain C in double, a mask bit for bit; both with a tail, and nothing written beyond it. */
+static void check_bias_and_mask(const struct fa_cpu_ops *ops)
+{
+    enum { ROWS = 7, COUNT = 77, PADDED = 80 };
+    float *s = random_floats(ROWS * N, -9, 9), *bias = random_floats(ROWS * N, -3, 3);
+    uint8_t stored[4 * ROWS * N], mask[ROWS * N];
+    double worst = 0, wrong = 0;
+    bias[5] = -INFINITY;
+    for (int i = 0; i < ROWS * N; i++) mask[i] = (uint8_t)(between(0, 2) ? between(1, 255) : 0);
+    for (enum fa_dtype dtype = FA_FLOAT32; dtype <= FA_BFLOAT16; dtype++)
+        for (int64_t stride = 0; stride <= N; stride += N) {
+            float *t = copy_floats(s, ROWS * N), *u = copy_floats(s, ROWS * N);
+            for (int i = 0; i < ROWS * N; i++) fa_store(dtype, stored, i, bias[i]);
+            ops->add_bias((struct fa_result){ t, N }, ROWS, COUNT, -0.7f, stored, dtype, stride);
+            ops->apply_mask((struct fa_result){ u, N }, ROWS, COUNT, mask, stride);
+            for (int64_t r = 0; r < ROWS; r++)
+                for (int64_t j = 0; j < COUNT; j++) {
+                    const float x = s[r * N + j], sum = (float)(-0.7f * (double)x + fa_load(dtype, stored, r * stride + j));
+                    worst = fmax(worst, difference(&t[r * N + j], &sum, 1));
+                    wrong += u[r * N + j] != (mask[r * stride + j] ? x : -INFINITY);
+                }
+            for (int64_t r = 0; r < ROWS; r++) wrong += memcmp(t + r * N + PADDED, s + r * N + PADDED, (N - PADDED) * sizeof *s) != 0;
+            free(t); free(u);
+        }
+    float *big = random_floats(M * N, -3, 3);
+    uint8_t *seen = (uint8_t *)big;
+    report("add_bias", ops->isa, worst, 1e-6, M * N / SECONDS(ops->add_bias((struct fa_result){ big, N }, M, N, 1, bias, FA_BFLOAT16, 0)), "Gscore/s");
+    report("apply_mask", ops->isa, wrong, 0, M * N / SECONDS(ops->apply_mask((struct fa_result){ big, N }, M, N, seen, 0)), "Gscore/s");
+    free(s); free(bias); free(big);
+}
+
 static void check_conversions(const struct fa_cpu_ops *ops)
 {
     enum { WIDE = 67, LD = 80 };
@@ -226,13 +257,48 @@ static void check_dropout(const struct fa_cpu_ops *ops)
 
 /* ------------------------------------------------------------------------------------------------ whole calls */
 
-struct call { struct fa_params p; float *memory[9]; int64_t size[9]; int64_t rng[2]; float slopes[8]; };
+/* Tensors 0 to 3 and BIAS are given, 4 to DBIAS are results. */
+enum { DBIAS = 9, BIAS = 10, TENSORS = 11 };
+struct call { struct fa_params p; float *memory[TENSORS]; int64_t size[TENSORS]; uint8_t *mask; int64_t rng[2]; float slopes[8]; };
 
 static struct fa_tensor tensor(struct call *c, int which, int64_t s, int64_t h, int64_t d)
 {
     c->size[which] = c->p.b * s * h * d;
     c->memory[which] = random_floats(c->size[which] + 1, -1.5f, 1.5f);
     return (struct fa_tensor){ c->memory[which], s * h * d, h * d, d };
+}
+
+/* Varies along some indices at random; returns its number of elements. */
+static int64_t random_scores(const struct fa_params *p, struct fa_scores *t)
+{
+    int64_t size = 1, *const strides[] = { &t->stride_k, &t->stride_q, &t->stride_h, &t->stride_b };
+    const int64_t sizes[] = { p->sk, p->sq, p->h, p->b };
+    for (int n = 0; n < 4; n++) {
+        const bool varies = sizes[n] > 1 && between(0, 2);
+        *strides[n] = varies ? size : 0;
+        if (varies) size *= sizes[n];
+    }
+    return size;
+}
+
+/* Hides single keys, and stretches that are longer than a tile. */
+static void random_bias_and_mask(struct call *c)
+{
+    struct fa_params *p = &c->p;
+    if (between(0, 1)) {
+        c->size[BIAS] = c->size[DBIAS] = random_scores(p, &p->bias);
+        for (int i = DBIAS; i <= BIAS; i++) c->memory[i] = random_floats(c->size[i], -2, 2);
+        p->bias.ptr = c->memory[BIAS];
+        p->dbias = p->bias;
+        p->dbias.ptr = c->memory[DBIAS];
+        for (int64_t n = between(0, 1) ? c->size[BIAS] / 3 : 0; n > 0; n--) c->memory[BIAS][between(0, c->size[BIAS] - 1)] = -INFINITY;
+    }
+    if (between(0, 1)) {
+        const int64_t size = random_scores(p, &p->mask), hidden = between(0, size);
+        p->mask.ptr = c->mask = malloc((size_t)size);
+        for (int64_t i = 0; i < size; i++) c->mask[i] = between(0, 5) > 0;
+        memset(c->mask + between(0, size - hidden), 0, (size_t)hidden);
+    }
 }
 
 static struct call random_call(void)
@@ -255,6 +321,7 @@ static struct call random_call(void)
     p->dq = tensor(&c, 5, p->sq, p->h, p->d), p->dk = tensor(&c, 6, p->sk, p->hk, p->d), p->dv = tensor(&c, 7, p->sk, p->hk, p->d_v);
     p->lse = tensor(&c, 8, p->sq, p->h, 1);
     p->lse.stride_b = p->h * p->sq, p->lse.stride_s = 1, p->lse.stride_h = p->sq;
+    random_bias_and_mask(&c);
     return c;
 }
 
@@ -285,24 +352,26 @@ static void check_calls(const char *isa, int trials)
         setenv("FLASH_ATTN_KERNEL", "reference", 1);
         run(&c.p, FA_FORWARD);
         run(&c.p, FA_BACKWARD);
-        float *expected[9];
-        for (int i = 4; i < 9; i++) {
+        float *expected[BIAS] = {0};
+        for (int i = 4; i < BIAS && c.memory[i]; i++) {
             expected[i] = copy_floats(c.memory[i], c.size[i]);
             memset(c.memory[i], 0xff, (size_t)(4 * c.size[i]));         /* poison the outputs */
         }
         setenv("FLASH_ATTN_KERNEL", "cpu", 1);
         run(&c.p, FA_FORWARD);
         run(&c.p, FA_BACKWARD);
-        for (int i = 4; i < 9; i++) {
+        for (int i = 4; i < BIAS && c.memory[i]; i++) {
             const double gap = difference(c.memory[i], expected[i], c.size[i]);
             if (gap > 1e-4)
-                printf("  tensor %d differs by %.1e: b %d h %d/%d s %d %d d %d %d scale %g softcap %g window %d %d alibi %d dropout %g\n",
+                printf("  tensor %d differs by %.1e: b %d h %d/%d s %d %d d %d %d scale %g softcap %g window %d %d alibi %d dropout %g bias %d mask %d\n",
                        i, gap, (int)c.p.b, (int)c.p.h, (int)c.p.hk, (int)c.p.sq, (int)c.p.sk, (int)c.p.d, (int)c.p.d_v, c.p.scale,
-                       c.p.softcap, (int)c.p.window_left, (int)c.p.window_right, c.p.alibi != NULL, c.p.dropout_p);
+                       c.p.softcap, (int)c.p.window_left, (int)c.p.window_right, c.p.alibi != NULL, c.p.dropout_p,
+                       c.p.bias.ptr != NULL, c.p.mask.ptr != NULL);
             worst = fmax(worst, gap);
             free(expected[i]);
         }
-        for (int i = 0; i < 9; i++) free(c.memory[i]);
+        for (int i = 0; i < TENSORS; i++) free(c.memory[i]);
+        free(c.mask);
     }
     report("forward and backward", isa, worst, 1e-4, 0, NULL);
 }
@@ -323,6 +392,7 @@ int main(int count, char **arguments)
         check_softmax(ops, definition);
         check_softmax_backward(ops, definition);
         check_score_rows(ops);
+        check_bias_and_mask(ops);
         check_conversions(ops);
         check_dropout(ops);
         check_calls(ops->isa, trials);
