@@ -24,7 +24,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         WARPS = Tile::WARPS, THREADS = 32 * WARPS, BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, STAGES = Tile::STAGES,
         ROWS = BLOCK_M / WARPS, MT = ROWS / 16,             /* rows of a warp; 16-row pieces of them */
         NT = BLOCK_N / 8, KT = BLOCK_N / 16, DT = D / 8,    /* keys by 8 and by 16, channels by 8 */
-        AHEAD = MT == 1,                                    /* operands of S load a step ahead, where registers allow */
+        AHEAD = MT == 1 ? 3 : 1,                            /* operands of S load so many products ahead */
         ROW_BYTES = 2 * D, KV_BYTES = BLOCK_N * ROW_BYTES, Q_BYTES = BLOCK_M * ROW_BYTES,
         SHARED_BYTES = Q_BYTES + 2 * STAGES * KV_BYTES, BIAS_TILE_BYTES = BLOCK_M * BLOCK_N * 2, BIAS_BYTES = STAGES * BIAS_TILE_BYTES,
     };
@@ -109,24 +109,28 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             for (int n = 0; n < NT; n++)
                 #pragma unroll
                 for (int e = 0; e < 4; e++) s[m][n][e] = 0.0f;
+        const int thread = thread_anew(), lane = thread & 31, warp = thread >> 5;
         const uint32_t q_at = q_tile + warp * ROWS * ROW_BYTES + lane_a<D>(lane);
         const uint32_t k_at = k_tile + lane_b<D>(lane);
-        uint32_t q[2][MT][4], keys[2][NT / 2][4];           /* operands of this step and of the next */
-        auto load = [&](int k) {
+        constexpr int STEPS = D / 16, PAIRS = NT / 2;
+        uint32_t q[2][MT][4], keys[AHEAD + 1][4];           /* operands in use, and what comes AHEAD of use */
+        auto load_q = [&](int k) {
             #pragma unroll
             for (int m = 0; m < MT; m++) ldmatrix(q[k % 2][m], step<D>(q_at, k) + m * 16 * ROW_BYTES);
-            #pragma unroll
-            for (int n = 0; n < NT / 2; n++) ldmatrix(keys[k % 2][n], step<D>(k_at, k) + n * 16 * ROW_BYTES);
         };
-        if (AHEAD) load(0);
+        auto load_keys = [&](int x) { ldmatrix(keys[x % (AHEAD + 1)], step<D>(k_at, x / PAIRS) + x % PAIRS * 16 * ROW_BYTES); };
+        load_q(0);
         #pragma unroll
-        for (int k = 0; k < D / 16; k++) {
-            if (!AHEAD) load(k);
-            else if (k + 1 < D / 16) load(k + 1);
+        for (int x = 0; x < AHEAD; x++) load_keys(x);
+        #pragma unroll
+        for (int x = 0; x < STEPS * PAIRS; x++) {           /* 16 channels of 16 keys at a time */
+            if (x % PAIRS == 0 && x / PAIRS + 1 < STEPS) load_q(x / PAIRS + 1);
+            if (x + AHEAD < STEPS * PAIRS) load_keys(x + AHEAD);
             #pragma unroll
-            for (int n = 0; n < NT; n++)
+            for (int n = 0; n < 2; n++)
                 #pragma unroll
-                for (int m = 0; m < MT; m++) mma<T>(s[m][n], q[k % 2][m], keys[k % 2][n / 2][n % 2 * 2], keys[k % 2][n / 2][n % 2 * 2 + 1]);
+                for (int m = 0; m < MT; m++)
+                    mma<T>(s[m][x % PAIRS * 2 + n], q[x / PAIRS % 2][m], keys[x % (AHEAD + 1)][n * 2], keys[x % (AHEAD + 1)][n * 2 + 1]);
         }
     }
 

@@ -6,7 +6,7 @@
  * tf32 ends where fp32's subnormal numbers have 13 bits more, so the tensor cores see 2^13 small: what x has below big is above
  * their last bit then, down to the smallest x.
  * Tensor cores round sums towards zero, a bias that grows with their number: summed there throughout, 130 keys could cost 16 eps
- * instead of 2. So they sum 16 products at a time, and fp32 adds, rounded to nearest, carry these sums on.
+ * instead of 2. So they sum 16 products at a time, small terms first, and fp32 adds, rounded to nearest, carry these sums on.
  *
  * A tile is ROWS rows of D floats, D / 4 chunks of 16 bytes. Lane (g, t) = (l / 4, l % 4) reads a chunk at a time, two ways:
  *
@@ -45,15 +45,17 @@ template <bool CUT = false> FA_DEVICE void split(float x, uint32_t &big, uint32_
 /* C (16, 8) += A (16, 16) B (16, 8) */
 template <bool CUT = false> FA_DEVICE void multiply(float (&c)[4], const left_operand &a, const right_operand &b)
 {
-    float sum[4] = { 0.0f, 0.0f, 0.0f, 0.0f }, small[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+    float sum[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
     #pragma unroll
-    for (int k = 0; k < 2; k++) mma_tf32(small, a.small[k], b.big[k]);
+    for (int k = 0; k < 2; k++) mma_tf32(sum, a.small[k], b.big[k]);
     #pragma unroll
-    for (int k = 0; k < 2; k++) mma_tf32(small, a.big[k], b.small[k]);
+    for (int k = 0; k < 2; k++) mma_tf32(sum, a.big[k], b.small[k]);
+    #pragma unroll
+    for (int e = 0; e < 4; e++) sum[e] *= CUT ? 1.0f : 1.0f / SMALL_FACTOR;
     #pragma unroll
     for (int k = 0; k < 2; k++) mma_tf32(sum, a.big[k], b.big[k]);
     #pragma unroll
-    for (int e = 0; e < 4; e++) c[e] += fmaf(small[e], CUT ? 1.0f : 1.0f / SMALL_FACTOR, sum[e]);
+    for (int e = 0; e < 4; e++) c[e] += sum[e];
 }
 
 /* Whether a lane of the warp holds an infinity or a NaN: from the data, or from products that overflow. */
@@ -114,6 +116,27 @@ template <int ROWS, int D, int THREADS> FA_DEVICE void load_fp32_tile(uint32_t t
         }
     }
 }
+
+/* Tiles that exist whole, nearly all, as tile.cuh's whole_tile: a thread keeps its chunk and takes every STEP-th row. */
+template <int D, int THREADS> struct whole_fp32_tile {
+    enum : int { CHUNKS = D / 4, STEP = THREADS / CHUNKS };
+    static_assert(THREADS % CHUNKS == 0 && (STEP & (STEP - 1)) == 0, "a thread keeps its chunk, rows their order in the swizzle");
+
+    static __device__ __forceinline__ int64_t first(int64_t stride)
+    {
+        return threadIdx.x / CHUNKS * stride + threadIdx.x % CHUNKS * 4;
+    }
+    template <int ROWS> static __device__ __forceinline__ void load(uint32_t tile, const float *from, int64_t stride)
+    {
+        const int thread = thread_anew();
+        const uint32_t at = tile + fp32_offset<D>(thread / CHUNKS, thread % CHUNKS);
+        #pragma unroll
+        for (int i = 0; i < ROWS / STEP; i++) {
+            cp_async_16((at ^ fp32_swizzle(i * STEP) << 4) + i * STEP * 4 * D, from, 16);
+            from += STEP * stride;
+        }
+    }
+};
 
 /* Where a lane starts to read 8 (right) or 16 (left) rows by rows, or columns by columns. */
 template <int D> FA_DEVICE uint32_t lane_rows(int lane) { return fp32_offset<D>(lane >> 2, lane & 3); }

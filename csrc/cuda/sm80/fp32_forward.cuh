@@ -31,6 +31,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
     const sequence seq;
     const uint32_t q_tile, k_tile, v_tile;
     int n_first, n_last;                                    /* key tiles [first, last) */
+    const float *k_at, *v_at;                               /* this thread's start in the next tile to load */
 
     float o[MT][DT][4];                                     /* columns as fp32.cuh says */
     float row_max[MT][2], row_sum[MT][2];                   /* rows g and g + 8 of each piece; the sum is this lane's share */
@@ -57,15 +58,31 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
             (const float *)q.ptr + b * q.stride_b + (seq.q0 + i0) * q.stride_s + head * q.stride_h, q.stride_s,
             seq.sq - i0, (int)a.p.d, a.aligned_q });
     }
-    /* Tile n of K or V, if there is one. */
-    __device__ __forceinline__ void load_keys(uint32_t tile, const fa_tensor &t, int n, int d, bool aligned)
+    /* Tile n of K or V, if there is one, from this thread's place in it, which moves on. Tiles come in descending order: all but the
+     * first exist whole. */
+    using whole_rows = whole_fp32_tile<D, THREADS>;
+    __device__ __forceinline__ const float *place(const fa_tensor &t, int n) const
     {
-        const int j0 = n * BLOCK_N;
-        if (n >= n_first)
-            load_fp32_tile<BLOCK_N, D, THREADS>(tile, {
-                (const float *)t.ptr + b * t.stride_b + (seq.k0 + j0) * t.stride_s + kv_head * t.stride_h, t.stride_s,
-                seq.sk - j0, d, aligned });
+        return (const float *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + n * BLOCK_N) * t.stride_s + kv_head * t.stride_h
+             + whole_rows::first(t.stride_s);
+    }
+    __device__ __forceinline__ void load_keys(uint32_t tile, int n, const float *&at, const fa_tensor &t, int d, bool whole, bool aligned)
+    {
+        if (n >= n_first) {
+            if (has_mask<VARIANT>(a)) at = place(t, n);     /* the tile before may have been passed over */
+            if (whole && n < n_last - 1) whole_rows::template load<BLOCK_N>(tile, at, t.stride_s);
+            else load_fp32_tile<BLOCK_N, D, THREADS>(tile, { at - whole_rows::first(t.stride_s), t.stride_s, seq.sk - n * BLOCK_N, d, aligned });
+            at -= BLOCK_N * t.stride_s;
+        }
         cp_async_commit();
+    }
+    __device__ __forceinline__ void load_k(int n)
+    {
+        load_keys(k_tile, n, k_at, a.p.k, (int)a.p.d, a.whole_k, a.aligned_k);
+    }
+    __device__ __forceinline__ void load_v(int n)
+    {
+        load_keys(v_tile, n, v_at, a.p.v, (int)a.p.d_v, a.whole_v, a.aligned_v);
     }
 
     /* S (ROWS, BLOCK_N) = Q K^T */
@@ -240,12 +257,12 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
         const int after = tile_after(n);
         cp_async_wait<0>();
         __syncthreads();                            /* K(n) is here for all, and all are done with V(n + 1) */
-        load_keys(v_tile, a.p.v, n, (int)a.p.d_v, a.aligned_v);
+        load_v(n);
         scores<false>(s);
         if (warp_overflows(s)) scores<true>(s);
         cp_async_wait<0>();
         __syncthreads();                            /* V(n) is here for all, and all are done with K(n) */
-        load_keys(k_tile, a.p.k, after, (int)a.p.d, a.aligned_k);
+        load_k(after);
         if (MASKED || VARIANT != FA_PLAIN) modify<MASKED>(s, n * BLOCK_N);
         softmax(s);
         if (VARIANT == FA_DROPOUT && a.keep256 < 256) drop(s, n * BLOCK_N);
@@ -260,8 +277,10 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
         const int whole_first = (first_key(a, seq, i_end) + BLOCK_N - 1) / BLOCK_N;
         const int whole_last = max(last_key(a, seq, i0), 0) / BLOCK_N;
         load_queries();
+        k_at = place(a.p.k, n_last - 1);
+        v_at = place(a.p.v, n_last - 1);
         int n = tile_after(n_last);
-        load_keys(k_tile, a.p.k, n, (int)a.p.d, a.aligned_k);
+        load_k(n);
         while (n >= n_first) {
             while (n >= n_first && (n >= whole_last || n < whole_first || !needs_no_mask(n))) n = tile<true>(n);
             while (n >= n_first && n >= whole_first && needs_no_mask(n)) n = tile<false>(n);
