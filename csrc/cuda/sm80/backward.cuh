@@ -94,11 +94,10 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
 
     /* Tiles come in descending order: all but a head's first exist whole. */
     using whole = whole_tile<D, THREADS>;
-    __device__ __forceinline__ void load_stage(const position &at, int stage)
+    __device__ __forceinline__ void load_stage(const position &at, uint32_t tile, uint32_t bias_tile)
     {
         if (!done(at)) {
             const int i0 = at.m * BLOCK_M, thread = threadIdx.x;
-            const uint32_t tile = stages + stage * STAGE_BYTES;
             if (at.m == m_last - 1 || has_mask<VARIANT>(a)) {       /* the tile before may have been passed over */
                 q_at = queries(a.p.q, at.head, i0, 0, true).ptr + whole::first(a.p.q.stride_s);
                 dout_at = queries(a.p.dout, at.head, i0, 0, true).ptr + whole::first(a.p.dout.stride_s);
@@ -110,7 +109,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
             else load_tile<BLOCK_M, D, THREADS>(tile + Q_BYTES, queries(a.p.dout, at.head, i0, (int)a.p.d_v, a.aligned_dout));
             if (thread < BLOCK_M / 2) cp_async_16(tile + 2 * Q_BYTES + thread * 16, row_at, 16);
             if (VARIANT != FA_PLAIN && a.bias_staged)
-                load_bias_tile<BLOCK_M, BLOCK_N, THREADS>(bias_tiles + stage * BIAS_TILE_BYTES, a, seq, b, at.head, i0, j0);
+                load_bias_tile<BLOCK_M, BLOCK_N, THREADS>(bias_tile, a, seq, b, at.head, i0, j0);
             q_at -= BLOCK_M * a.p.q.stride_s;
             dout_at -= BLOCK_M * a.p.dout.stride_s;
             row_at -= BLOCK_M;
@@ -417,15 +416,15 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     }
 
     /* P, dS, and what follows from them without other warps. i0: this warp's first query. */
-    template <bool MASKED> __device__ __forceinline__ void gradients(int head, int i0, int stage)
+    template <bool MASKED> __device__ __forceinline__ void gradients(int head, int i0, uint32_t q_tile, uint32_t bias_tile)
     {
-        const uint32_t q_tile = stages + stage * STAGE_BYTES, dout_tile = q_tile + Q_BYTES, lse2_row = dout_tile + Q_BYTES + q_warp * QUERIES * 4;
+        const uint32_t dout_tile = q_tile + Q_BYTES, lse2_row = dout_tile + Q_BYTES + q_warp * QUERIES * 4;
         float s[KT][NT][4], dp[KT][NT][4];
         uint32_t flags[KT][NT / 2][2], left[NT / 2][KT][4];
         product(s, k_tile, q_tile);
         if (VARIANT == FA_DROPOUT) dropout_flags(flags, head, i0);
         product(dp, v_tile, dout_tile);
-        probabilities<MASKED>(s, left, head, i0, lse2_row, bias_tiles + stage * BIAS_TILE_BYTES);
+        probabilities<MASKED>(s, left, head, i0, lse2_row, bias_tile);
         if (VARIANT == FA_DROPOUT) drop(left, flags);
         if (Q_WARPS > 1) share(p_tile, left);
         accumulate_own(dv, left, dout_tile);
@@ -440,23 +439,23 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
         load_tile<BLOCK_N, D, THREADS>(k_tile, keys(a.p.k, (int)a.p.d, a.aligned_k));
         load_tile<BLOCK_N, D, THREADS>(v_tile, keys(a.p.v, (int)a.p.d_v, a.aligned_v));
         position at = start(), ahead = at;
-        load_stage(ahead, 0);
+        load_stage(ahead, stages, bias_tiles);
         for (int stage = 0; !done(at); at = ahead, stage ^= STAGES - 1) {
             const int i0 = at.m * BLOCK_M, i_end = min(i0 + BLOCK_M, seq.sq) - 1;
             const uint32_t here = stages + stage * STAGE_BYTES;
             cp_async_wait<0>();
             __syncthreads();                        /* the tile is here for all, and all are done with the one before */
             ahead = next(at);
-            if (STAGES > 1) load_stage(ahead, stage ^ 1);
+            if (STAGES > 1) load_stage(ahead, stages + (stage ^ 1) * STAGE_BYTES, bias_tiles + (stage ^ 1) * BIAS_TILE_BYTES);
             const bool whole = first_key(a, seq, i_end) <= j0 && last_key(a, seq, i0) >= j0 + BLOCK_N && needs_no_mask(at);
-            if (whole) gradients<false>(at.head, i0 + q_warp * QUERIES, stage);
-            else gradients<true>(at.head, i0 + q_warp * QUERIES, stage);
+            if (whole) gradients<false>(at.head, i0 + q_warp * QUERIES, here, bias_tiles + stage * BIAS_TILE_BYTES);
+            else gradients<true>(at.head, i0 + q_warp * QUERIES, here, bias_tiles + stage * BIAS_TILE_BYTES);
             __syncthreads();                        /* P and dS are here for all */
             accumulate_others(dv, p_tile, here + Q_BYTES);
             accumulate_others(dk, ds_tile, here);
             if (STAGES == 1) {
                 if (Q_WARPS > 1) __syncthreads();   /* all are done with Q and dO */
-                load_stage(ahead, 0);
+                load_stage(ahead, stages, bias_tiles);
             }
             if (a.p.deterministic) wait_for_turn(at.head, at.m);
             add_dq(at.head, at.m);

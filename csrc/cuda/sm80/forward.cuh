@@ -325,9 +325,10 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         }
     }
 
-    /* Tile n, in `stage`, while the one after it loads, whose number comes back. */
-    template <bool MASKED> __device__ __forceinline__ int tile(int n, int stage)
+    /* Tile n, while the one after it loads, whose number comes back. Stages alternate; where no tile is passed over n says which it is. */
+    template <bool MASKED> __device__ __forceinline__ int tile(int n, int turn)
     {
+        const int stage = VARIANT == FA_PLAIN ? (uint32_t)n % STAGES : turn;
         const uint32_t k_tile = k_tiles + stage * KV_BYTES, v_tile = v_tiles + stage * KV_BYTES;
         const int after = tile_after(n), other = stage ^ (STAGES - 1);
         cp_async_wait<0>();
@@ -365,7 +366,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         load_tile<BLOCK_M, D, THREADS>(q_tile, query_rows());
         k_at = place(a.p.k, n_last - 1);
         v_at = place(a.p.v, n_last - 1);
-        int n = tile_after(n_last), stage = 0;
+        int n = tile_after(n_last), stage = (uint32_t)n % STAGES;
         load_k<true>(n, stage);
         if (STAGES > 1) load_v<true>(n, stage);
         cp_async_commit();
