@@ -24,7 +24,7 @@ fa_cuda_helper fa_cuda_fill_forward, fa_cuda_fill_backward, fa_cuda_combine, fa_
                fa_cuda_pack, fa_cuda_flags;
 
 /* The gradient of attn_bias, for every head dim, and the sum of its parts: see sm80/bias_gradient.cuh. */
-fa_cuda_helper fa_sm80_bias_gradient, fa_sm80_bias_parts;
+fa_cuda_helper fa_sm80_bias_gradient, fa_sm80_fp32_bias_gradient, fa_sm80_bias_parts;
 
 /* One head-dim bucket of a pass; `small` finds the tile for devices with little shared memory. */
 typedef const struct fa_cuda_kernel *fa_cuda_find(enum fa_dtype dtype, enum fa_variant variant, bool small);

@@ -386,17 +386,11 @@ template <enum fa_dtype T> __global__ void __launch_bounds__(bias_gradient<T>::T
     else block.store((int)part);
 }
 
-/* The sum of the parts, in order: a thread an element. */
-__global__ void __launch_bounds__(256) bias_parts_kernel(const __grid_constant__ fa_cuda_args a)
+template <enum fa_dtype T> static constexpr fa_cuda_kernel bias_gradient_facts(const void *function)
 {
-    const fa_scores &t = a.p.dbias;
-    const int heads = t.stride_h ? (int)a.p.h : 1, rows = t.stride_q ? (int)a.p.sq : 1, keys = t.stride_k ? (int)a.p.sk : 1;
-    const int64_t count = (int64_t)(t.stride_b ? (int)a.p.b : 1) * heads * rows * keys, at = (int64_t)blockIdx.x * 256 + threadIdx.x;
-    if (at >= count) return;
-    float x = 0.0f;
-    for (int part = 0; part < a.parts; part++) x += a.partial_dbias[part * count + at];
-    const int64_t row = at / keys, plane = row / rows;
-    store_bias(t, plane / heads * t.stride_b + plane % heads * t.stride_h + row % rows * t.stride_q + at % keys * t.stride_k, x);
+    using block = bias_gradient<T>;
+    return { function, block::THREADS, block::SHARED_BYTES, block::BLOCK_M, block::BLOCK_N, 2, 0 };
 }
+#define FA_SM80_BIAS_GRADIENT(T) bias_gradient_facts<T>((const void *)bias_gradient_kernel<T>)
 
 #endif
