@@ -14,6 +14,8 @@ PROBLEMS = [
     dict(d=111, dv=40), dict(sq=65, sk=127, d=256, dv=128), dict(h=6, hk=2, window=(20, 3), sq=100),
     dict(softcap=3.0, d=128, causal=True),
     dict(alibi="batch", h=4, hk=1, sq=33, sk=300), dict(dropout_p=0.3, d=80, causal=True, sq=70),
+    dict(bias="hqk", mask="bqk", sq=111, sk=203, d=40, causal=True), dict(bias="bk", mask="k", sq=70, sk=401, bias_hides=True),
+    dict(bias="hq", sq=35, sk=97, softcap=3.0, h=4, hk=2), dict(bias="", mask="h", bias_dtype=torch.float16),
     dict(seqlens_q=(3, 0, 113), seqlens_k=(59, 7, 100), tail=5, causal=True),
     dict(seqused_k=(1, 63), softcap=5.0, alibi="head", dropout_p=0.1, window=(50, 9)),
 ]
