@@ -26,10 +26,12 @@ struct fa_cuda_args {
     float scale, softcap;
     bool  score_mod;                /* scores pass through modify_score: softcap, ALiBi, or scale <= 0 */
     float exponent_scale;           /* P = exp2(exponent_scale * score - ...): score is q.k, or in natural units with a score mod or bias */
+    float lse_scale, lse_exponent;  /* backward: P = exp2(lse_exponent (lse_scale score - lse2)), see prepare.cu */
     float bias_scale;               /* score = bias_scale * (q.k, or what modify_score made of it) + bias */
     bool  bias_staged;              /* bias tiles come through shared memory: in the data's type, rows aligned, and there is room */
     bool  batch_fastest;            /* neighbouring blocks share head and tile, not sequence: the bias is the same for all sequences */
     struct fa_cuda_mask mask;
+    struct fa_scores wide_bias;     /* attn_bias in float64: p.bias is a copy in fp32, contiguous, by narrow.cu */
     int   keep256;
     float kept;                     /* 256 / keep256 */
     bool  whole_q, whole_k, whole_v, whole_dout;    /* rows aligned to 16 bytes, of d_bucket channels */
@@ -42,7 +44,7 @@ struct fa_cuda_args {
 
     int   row_pad, padded_rows;     /* backward: rows per head (packed) or per sequence and head, see dq_layout.cuh */
     float *dq_accum;                /* (padded rows, d_bucket) fp32, in the order of dq_layout.cuh */
-    float *lse2, *delta;            /* (padded rows,); lse in powers of two, +inf where every P is 0, padding included */
+    float *lse2, *delta;            /* (padded rows,); lse as prepare.cu has it, +inf where every P is 0, padding included */
     int   *turns;                   /* (padded rows / 16,), with p.deterministic: key tiles that have added to a row tile's dq */
 
     int   parts;                    /* bias gradient: blocks that share the sum of one tile, see bias_gradient.cuh */

@@ -116,6 +116,8 @@ static struct fa_cuda_args arguments_of(const struct fa_params *p)
         .window_left = window_of(p->window_left), .window_right = window_of(p->window_right),
         .scale = (float)p->scale, .softcap = (float)p->softcap,
         .score_mod = has_score_mod(p), .exponent_scale = (float)(has_score_mod(p) || p->bias.ptr ? LOG2E : p->scale * LOG2E),
+        .lse_scale = p->bias.ptr ? 1.0f : (float)(has_score_mod(p) ? LOG2E : p->scale * LOG2E),
+        .lse_exponent = p->bias.ptr ? (float)LOG2E : 1.0f,
         .bias_scale = has_score_mod(p) ? 1.0f : (float)p->scale,
         .batch_fastest = p->bias.ptr && p->b > 1 && p->bias.stride_b == 0 && (p->bias.stride_h != 0 || p->h == 1),
         .keep256 = keep256, .kept = 256.0f / (float)keep256,
@@ -134,6 +136,26 @@ static void *take(struct plan *plan, int64_t bytes)
     char *base = plan->args.p.workspace, *piece = base ? base + plan->bytes : NULL;
     plan->bytes += pad(bytes, ALIGNMENT);
     return piece;
+}
+
+static int64_t elements_of(const struct fa_scores *t, const struct fa_params *p)
+{
+    return (t->stride_b ? p->b : 1) * (t->stride_h ? p->h : 1) * (t->stride_q ? p->sq : 1) * (t->stride_k ? p->sk : 1);
+}
+
+/* A float64 bias is read from an fp32 copy. */
+static void plan_narrow_bias(struct plan *plan)
+{
+    const struct fa_params *p = &plan->args.p;
+    const struct fa_scores wide = p->bias;
+    if (!wide.ptr || wide.dtype != FA_FLOAT64) return;
+    const int64_t keys = wide.stride_k ? p->sk : 1, rows = wide.stride_q ? p->sq : 1, heads = wide.stride_h ? p->h : 1;
+    plan->args.wide_bias = wide;
+    plan->args.p.bias = (struct fa_scores){
+        .ptr = take(plan, most(1, elements_of(&wide, p)) * (int64_t)sizeof(float)), .dtype = FA_FLOAT32,
+        .stride_b = wide.stride_b ? heads * rows * keys : 0, .stride_h = wide.stride_h ? rows * keys : 0,
+        .stride_q = wide.stride_q ? keys : 0, .stride_k = wide.stride_k ? 1 : 0,
+    };
 }
 
 /* How well `splits` of each tile fill whole waves of `slots` blocks. */
@@ -202,12 +224,7 @@ static void plan_forward(struct plan *plan, const struct fa_cuda_device *device)
     a->partial_lse = take(plan, a->splits * rows * (int64_t)sizeof(float));
 }
 
-/* Elements of dbias, and tiles of them that blocks own: one along an index that is summed over. */
-static int64_t dbias_elements(const struct fa_params *p)
-{
-    const struct fa_scores *t = &p->dbias;
-    return (t->stride_b ? p->b : 1) * (t->stride_h ? p->h : 1) * (t->stride_q ? p->sq : 1) * (t->stride_k ? p->sk : 1);
-}
+/* Tiles of dbias that blocks own: one along an index that is summed over. */
 static int64_t dbias_tiles(const struct fa_params *p, const struct fa_cuda_kernel *kernel)
 {
     const struct fa_scores *t = &p->dbias;
@@ -225,7 +242,7 @@ static void plan_bias_gradient(struct plan *plan, const struct fa_cuda_device *d
     a->parts = 1;
     if (!a->p.dbias.ptr || tiles == 0 || scores == 0 || 2 * tiles > slots) return;
     a->parts = (int)least(scores / tiles, slots / tiles);
-    if (a->parts > 1) a->partial_dbias = take(plan, a->parts * dbias_elements(&a->p) * (int64_t)sizeof(float));
+    if (a->parts > 1) a->partial_dbias = take(plan, a->parts * elements_of(&a->p.dbias, &a->p) * (int64_t)sizeof(float));
 }
 
 static void plan_backward(struct plan *plan, const struct fa_cuda_device *device)
@@ -253,6 +270,7 @@ static enum fa_status make_plan(enum fa_pass pass, const struct fa_params *p, st
     if (plan->args.bias_staged) plan->kernel.shared_bytes += plan->kernel.bias_bytes;
     plan->args.m_tiles = (int)blocks_of(p->sq, plan->kernel.block_m);
     plan->args.n_tiles = (int)blocks_of(p->sk, plan->kernel.block_n);
+    plan_narrow_bias(plan);
     plan_mask(pass, plan);
     if (pass == FA_FORWARD) plan_forward(plan, device);
     else plan_backward(plan, device);
@@ -313,11 +331,21 @@ static enum fa_status launch_mask(const struct fa_cuda_args *a, struct fa_error 
     return launch("launch of the flags kernel", flags, blocks_of(rows, flags->block_m), 1, a, error);
 }
 
+/* What the kernels read in place of a float64 bias and of the mask. */
+static enum fa_status launch_scores(const struct fa_cuda_args *a, struct fa_error *error)
+{
+    const struct fa_cuda_kernel *narrow = fa_cuda_narrow(a->p.dtype);
+    const int64_t elements = a->wide_bias.ptr ? elements_of(&a->wide_bias, &a->p) : 0;
+    const enum fa_status status = launch("launch of the narrow kernel", narrow, least(blocks_of(elements, narrow->block_m), PACK_BLOCKS), 1,
+                                         a, error);
+    return status ? status : launch_mask(a, error);
+}
+
 static enum fa_status run_forward(const struct plan *plan, struct fa_error *error)
 {
     const struct fa_cuda_args *a = &plan->args;
     const int64_t tiles = a->p.b * a->p.h * a->m_tiles;
-    enum fa_status status = launch_mask(a, error);
+    enum fa_status status = launch_scores(a, error);
     if (!status) status = launch("launch of the forward kernel", &plan->kernel, tiles, a->splits, a, error);
     if (!status && a->splits > 1) status = launch_rows("launch of the combine kernel", fa_cuda_combine, a->p.sq, a, error);
     if (!status && a->p.cu_q) status = launch_fill(fa_cuda_fill_forward, a, error);
@@ -330,14 +358,14 @@ static enum fa_status launch_bias_gradient(const struct fa_cuda_args *a, struct 
     const struct fa_cuda_kernel *kernel = fa_sm80_bias_gradient(a->p.dtype), *sum = fa_sm80_bias_parts(a->p.dtype);
     enum fa_status status = launch("launch of the bias gradient kernel", kernel, dbias_tiles(&a->p, kernel), a->parts, a, error);
     if (status || a->parts == 1) return status;
-    return launch("launch of the bias parts kernel", sum, blocks_of(dbias_elements(&a->p), sum->block_m), 1, a, error);
+    return launch("launch of the bias parts kernel", sum, blocks_of(elements_of(&a->p.dbias, &a->p), sum->block_m), 1, a, error);
 }
 
 static enum fa_status run_backward(const struct plan *plan, struct fa_error *error)
 {
     const struct fa_cuda_args *a = &plan->args;
     const int64_t tiles = a->p.b * a->p.hk * a->n_tiles;
-    enum fa_status status = launch_mask(a, error);
+    enum fa_status status = launch_scores(a, error);
     if (!status) status = launch_rows("launch of the prepare kernel", fa_cuda_prepare, pad(a->p.sq, a->row_pad), a, error);
     if (!status) status = launch("launch of the backward kernel", &plan->kernel, tiles, 1, a, error);
     if (!status) status = launch_rows("launch of the convert kernel", fa_cuda_convert, a->p.sq, a, error);
@@ -382,10 +410,6 @@ static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_err
     const struct fa_cuda_device *device;
     if (p->dtype == FA_FLOAT64) {
         fa_fail(why, FA_UNSUPPORTED, "serves float32, float16 and bfloat16; cast q, k and v, or pass CPU tensors");
-        return false;
-    }
-    if (p->bias.ptr && p->bias.dtype == FA_FLOAT64) {
-        fa_fail(why, FA_UNSUPPORTED, "serves attn_bias in float32, float16 and bfloat16; cast it, or pass CPU tensors");
         return false;
     }
     if (check_sizes(p, why) || !(device = fa_cuda_device(p->device_index, why))) return false;

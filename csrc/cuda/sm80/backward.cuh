@@ -284,7 +284,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
                     for (int c = 0; c < 2; c++) {
                         const int column = (n + r / 2) * 8 + c;
                         float &x = pair[2 * half + c];
-                        x = exp2_approx(fmaf(x, a.exponent_scale, c ? -lse2[r / 2].y : -lse2[r / 2].x));
+                        x = fmaf(x, VARIANT == FA_PLAIN ? a.exponent_scale : a.lse_scale, c ? -lse2[r / 2].y : -lse2[r / 2].x);
+                        x = exp2_approx(VARIANT == FA_PLAIN ? x : x * a.lse_exponent);
                         if (MASKED && (column < first[k][half] || column - row >= last)) x = 0.0f;
                     }
                     left[(n + r / 2) / 2][k][(n + r / 2) % 2 * 2 + half] = pack<T>(pair[2 * half], pair[2 * half + 1]);

@@ -15,7 +15,8 @@
 
 FA_DEVICE void store_bias(const fa_scores &t, int64_t at, float x)
 {
-    if (t.dtype == FA_FLOAT32) ((float *)t.ptr)[at] = x;
+    if (t.dtype == FA_FLOAT64) ((double *)t.ptr)[at] = x;
+    else if (t.dtype == FA_FLOAT32) ((float *)t.ptr)[at] = x;
     else ((uint16_t *)t.ptr)[at] = (uint16_t)(t.dtype == FA_FLOAT16 ? pack<FA_FLOAT16>(x, 0.0f) : pack<FA_BFLOAT16>(x, 0.0f));
 }
 
@@ -172,8 +173,8 @@ template <enum fa_dtype T> struct bias_gradient {
                         y = modify_score<T == FA_FLOAT32>(a, y, slope, i + seq.sk - seq.sq - j - n * 8 - 1, unused);
                     }
                     add_bias(x, y, seq, at, i, j + n * 8);
-                    x = exp2_approx(fmaf(x, a.exponent_scale, -lse2));
-                    y = exp2_approx(fmaf(y, a.exponent_scale, -lse2));
+                    x = exp2_approx(fmaf(x, a.lse_scale, -lse2) * a.lse_exponent);
+                    y = exp2_approx(fmaf(y, a.lse_scale, -lse2) * a.lse_exponent);
                     if (n * 8 < first || n * 8 >= last) x = 0.0f;
                     if (n * 8 + 1 < first || n * 8 + 1 >= last) y = 0.0f;
                 }
@@ -293,7 +294,7 @@ template <enum fa_dtype T> struct bias_gradient {
     __device__ __forceinline__ void store(int part)
     {
         const fa_scores &t = a.p.dbias;
-        const bool words = a.parts == 1 && t.dtype != FA_FLOAT32 && t.stride_k == 1 && (t.stride_q | t.stride_h | t.stride_b) % 2 == 0
+        const bool words = a.parts == 1 && t.dtype != FA_FLOAT32 && t.dtype != FA_FLOAT64 && t.stride_k == 1 && (t.stride_q | t.stride_h | t.stride_b) % 2 == 0
                         && (uintptr_t)t.ptr % 4 == 0;
         #pragma unroll
         for (int m = 0; m < MT; m++)

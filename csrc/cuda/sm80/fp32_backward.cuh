@@ -172,7 +172,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
                         bias_walk bias = bias_from(a, seq, b, head, i, j + half * 8);
                         x = fmaf(x, a.bias_scale, bias_next(bias, 0));
                     }
-                    x = exp2_approx(fmaf(x, a.exponent_scale, e % 2 ? -lse2.y : -lse2.x));
+                    x = exp2_approx(fmaf(x, a.lse_scale, e % 2 ? -lse2.y : -lse2.x) * a.lse_exponent);
                     if (MASKED && (i < first[half] || i >= last[half])) x = 0.0f;
                     if (MASKED && has_mask<VARIANT>(a) && !shows(head, i, j + half * 8)) x = 0.0f;
                     const bool keeps = dropout_keeps(bytes[n / 2 - at], half, n % 2, e % 2, a.keep256, true);
