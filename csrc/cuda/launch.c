@@ -63,7 +63,7 @@ static bool has_score_mod(const struct fa_params *p)
     return p->softcap > 0 || p->alibi || p->scale <= 0;
 }
 
-static enum fa_variant variant_of(const struct fa_params *p)
+enum fa_variant fa_cuda_variant(const struct fa_params *p)
 {
     if (fa_keep256(p->dropout_p) < 256) return FA_DROPOUT;
     return has_score_mod(p) ? FA_SCORE_MOD : FA_PLAIN;
@@ -82,7 +82,7 @@ static const struct fa_cuda_kernel *find_kernel(enum fa_pass pass, const struct 
 {
     fa_cuda_find *find = pass == FA_FORWARD ? bucket_of(p)->forward : bucket_of(p)->backward;
     for (int small = 0; small < 2; small++) {
-        const struct fa_cuda_kernel *kernel = find(p->dtype, variant_of(p), small);
+        const struct fa_cuda_kernel *kernel = find(p->dtype, fa_cuda_variant(p), small);
         if (kernel->shared_bytes <= shared_limit(device)) return kernel;
     }
     return NULL;
@@ -90,7 +90,7 @@ static const struct fa_cuda_kernel *find_kernel(enum fa_pass pass, const struct 
 
 /* ---- the plan ---- */
 
-static bool is_aligned(const struct fa_params *p, const struct fa_tensor *t)
+bool fa_cuda_is_aligned(const struct fa_params *p, const struct fa_tensor *t)
 {
     const int64_t chunk = 16 / (int64_t)fa_sizeof(p->dtype);
     return (uintptr_t)t->ptr % 16 == 0 && t->stride_b % chunk == 0 && t->stride_s % chunk == 0 && t->stride_h % chunk == 0;
@@ -98,7 +98,7 @@ static bool is_aligned(const struct fa_params *p, const struct fa_tensor *t)
 
 static int window_of(int64_t bound) { return bound < 0 || bound >= ROW_LIMIT ? -1 : (int)bound; }
 
-static struct fa_cuda_args arguments_of(const struct fa_params *p)
+struct fa_cuda_args fa_cuda_arguments(const struct fa_params *p)
 {
     const int keep256 = fa_keep256(p->dropout_p);
     return (struct fa_cuda_args){
@@ -107,18 +107,18 @@ static struct fa_cuda_args arguments_of(const struct fa_params *p)
         .scale = (float)p->scale, .softcap = (float)p->softcap,
         .score_mod = has_score_mod(p), .exponent_scale = (float)(has_score_mod(p) ? LOG2E : p->scale * LOG2E),
         .keep256 = keep256, .kept = 256.0f / (float)keep256,
-        .aligned_q = is_aligned(p, &p->q), .aligned_k = is_aligned(p, &p->k), .aligned_v = is_aligned(p, &p->v),
-        .aligned_out = is_aligned(p, &p->out), .aligned_dout = is_aligned(p, &p->dout), .aligned_dq = is_aligned(p, &p->dq),
-        .aligned_dk = is_aligned(p, &p->dk), .aligned_dv = is_aligned(p, &p->dv),
+        .aligned_q = fa_cuda_is_aligned(p, &p->q), .aligned_k = fa_cuda_is_aligned(p, &p->k), .aligned_v = fa_cuda_is_aligned(p, &p->v),
+        .aligned_out = fa_cuda_is_aligned(p, &p->out), .aligned_dout = fa_cuda_is_aligned(p, &p->dout), .aligned_dq = fa_cuda_is_aligned(p, &p->dq),
+        .aligned_dk = fa_cuda_is_aligned(p, &p->dk), .aligned_dv = fa_cuda_is_aligned(p, &p->dv),
         .d_bucket = bucket_of(p)->channels, .splits = 1,
     };
 }
 
 /* The next piece of the workspace; NULL while only its size is wanted. */
-static void *take(struct plan *plan, int64_t bytes)
+static void *take(const struct fa_cuda_args *a, int64_t bytes, int64_t *taken)
 {
-    char *base = plan->args.p.workspace, *piece = base ? base + plan->bytes : NULL;
-    plan->bytes += pad(bytes, ALIGNMENT);
+    char *base = a->p.workspace, *piece = base ? base + *taken : NULL;
+    *taken += pad(bytes, ALIGNMENT);
     return piece;
 }
 
@@ -159,20 +159,21 @@ static void plan_forward(struct plan *plan, const struct fa_cuda_device *device)
     const int64_t rows = a->p.h * (a->p.cu_q ? a->p.total_q : a->p.b * a->p.sq);
     a->splits = choose_splits(plan, device);
     if (a->splits == 1) return;
-    a->partial_out = take(plan, a->splits * rows * a->d_bucket * (int64_t)sizeof(float));
-    a->partial_lse = take(plan, a->splits * rows * (int64_t)sizeof(float));
+    a->partial_out = take(a, a->splits * rows * a->d_bucket * (int64_t)sizeof(float), &plan->bytes);
+    a->partial_lse = take(a, a->splits * rows * (int64_t)sizeof(float), &plan->bytes);
 }
 
-static void plan_backward(struct plan *plan)
+int64_t fa_cuda_plan_backward(struct fa_cuda_args *a)
 {
-    struct fa_cuda_args *a = &plan->args;
+    int64_t bytes = 0;
     const int64_t padded = a->p.cu_q ? pad(a->p.total_q, ROW_PAD) + ROW_PAD * a->p.b : pad(a->p.sq, ROW_PAD);
     const int64_t rows = padded * a->p.h * (a->p.cu_q ? 1 : a->p.b);
     a->padded_rows = (int)padded;
-    a->dq_accum = take(plan, rows * a->d_bucket * (int64_t)sizeof(float));
-    a->lse2 = take(plan, rows * (int64_t)sizeof(float));
-    a->delta = take(plan, rows * (int64_t)sizeof(float));
-    if (a->p.deterministic) a->turns = take(plan, rows / 16 * (int64_t)sizeof(int));
+    a->dq_accum = take(a, rows * a->d_bucket * (int64_t)sizeof(float), &bytes);
+    a->lse2 = take(a, rows * (int64_t)sizeof(float), &bytes);
+    a->delta = take(a, rows * (int64_t)sizeof(float), &bytes);
+    if (a->p.deterministic) a->turns = take(a, rows / 16 * (int64_t)sizeof(int), &bytes);
+    return bytes;
 }
 
 static enum fa_status make_plan(enum fa_pass pass, const struct fa_params *p, struct plan *plan, struct fa_error *error)
@@ -180,12 +181,12 @@ static enum fa_status make_plan(enum fa_pass pass, const struct fa_params *p, st
     const struct fa_cuda_device *device = fa_cuda_device(p->device_index, error);
     if (!device) return FA_FAILED;
     plan->bytes = 0;
-    plan->args = arguments_of(p);
+    plan->args = fa_cuda_arguments(p);
     plan->kernel = find_kernel(pass, p, device);
     plan->args.m_tiles = (int)blocks_of(p->sq, plan->kernel->block_m);
     plan->args.n_tiles = (int)blocks_of(p->sk, plan->kernel->block_n);
     if (pass == FA_FORWARD) plan_forward(plan, device);
-    else plan_backward(plan);
+    else plan->bytes = fa_cuda_plan_backward(&plan->args);
     return FA_OK;
 }
 
@@ -201,8 +202,8 @@ static int64_t workspace(enum fa_pass pass, const struct fa_params *p)
 /* ---- the launches ---- */
 
 /* One kernel in the call's stream; none where there is nothing to do. */
-static enum fa_status launch(const char *name, const struct fa_cuda_kernel *kernel, int64_t blocks, int splits,
-                             const struct fa_cuda_args *args, struct fa_error *error)
+enum fa_status fa_cuda_launch(const char *name, const struct fa_cuda_kernel *kernel, int64_t blocks, int splits,
+                              const void *args, void *stream, struct fa_error *error)
 {
     const struct dim3 grid = { (unsigned)blocks, (unsigned)splits, 1 }, block = { (unsigned)kernel->threads, 1, 1 };
     void *values[] = { (void *)args };
@@ -212,7 +213,7 @@ static enum fa_status launch(const char *name, const struct fa_cuda_kernel *kern
         status = fa_cuda_status(cudaFuncSetAttribute(kernel->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                      kernel->shared_bytes), "cudaFuncSetAttribute", error);
     if (status) return status;
-    return fa_cuda_status(cudaLaunchKernel(kernel->function, grid, block, values, (size_t)kernel->shared_bytes, args->p.stream),
+    return fa_cuda_status(cudaLaunchKernel(kernel->function, grid, block, values, (size_t)kernel->shared_bytes, stream),
                           name, error);
 }
 
@@ -221,33 +222,32 @@ static enum fa_status launch_rows(const char *name, fa_cuda_helper *helper, int6
                                   struct fa_error *error)
 {
     const struct fa_cuda_kernel *kernel = helper(args->p.dtype);
-    return launch(name, kernel, args->p.b * args->p.h * blocks_of(rows, kernel->block_m), 1, args, error);
+    return fa_cuda_launch(name, kernel, args->p.b * args->p.h * blocks_of(rows, kernel->block_m), 1, args, args->p.stream, error);
 }
 
 /* Blocks for the gaps before, between and after the sequences; how long the gaps are only the device knows. */
 static enum fa_status launch_fill(fa_cuda_helper *helper, const struct fa_cuda_args *args, struct fa_error *error)
 {
     const int64_t gaps = args->p.b + 1, each = most(1, least(MOST_BLOCKS_PER_GAP, FILL_BLOCKS / gaps));
-    return launch("launch of the fill kernel", helper(args->p.dtype), gaps * each, 1, args, error);
+    return fa_cuda_launch("launch of the fill kernel", helper(args->p.dtype), gaps * each, 1, args, args->p.stream, error);
 }
 
 static enum fa_status run_forward(const struct plan *plan, struct fa_error *error)
 {
     const struct fa_cuda_args *a = &plan->args;
     const int64_t tiles = a->p.b * a->p.h * a->m_tiles;
-    enum fa_status status = launch("launch of the forward kernel", plan->kernel, tiles, a->splits, a, error);
+    enum fa_status status = fa_cuda_launch("launch of the forward kernel", plan->kernel, tiles, a->splits, a, a->p.stream, error);
     if (!status && a->splits > 1) status = launch_rows("launch of the combine kernel", fa_cuda_combine, a->p.sq, a, error);
     if (!status && a->p.cu_q) status = launch_fill(fa_cuda_fill_forward, a, error);
     if (!status && a->p.s_dmask) status = launch_rows("launch of the dmask kernel", fa_cuda_dmask, a->p.dmask_sq, a, error);
     return status;
 }
 
-static enum fa_status run_backward(const struct plan *plan, struct fa_error *error)
+enum fa_status fa_cuda_run_backward(const struct fa_cuda_kernel *kernel, const void *args, const struct fa_cuda_args *a, struct fa_error *error)
 {
-    const struct fa_cuda_args *a = &plan->args;
     const int64_t tiles = a->p.b * a->p.hk * a->n_tiles;
     enum fa_status status = launch_rows("launch of the prepare kernel", fa_cuda_prepare, pad(a->p.sq, ROW_PAD), a, error);
-    if (!status) status = launch("launch of the backward kernel", plan->kernel, tiles, 1, a, error);
+    if (!status) status = fa_cuda_launch("launch of the backward kernel", kernel, tiles, 1, args, a->p.stream, error);
     if (!status) status = launch_rows("launch of the convert kernel", fa_cuda_convert, a->p.sq, a, error);
     if (!status && (a->p.cu_q || a->p.cu_k || a->p.seqused_k)) status = launch_fill(fa_cuda_fill_backward, a, error);
     return status;
@@ -261,7 +261,7 @@ static enum fa_status run(enum fa_pass pass, const struct fa_params *p, struct f
     if (!status) status = fa_cuda_enter(p->device_index, &previous, error);
     if (status) return status;
     if (p->debug) status = fa_cuda_check_values(p, error);
-    if (!status) status = pass == FA_FORWARD ? run_forward(&plan, error) : run_backward(&plan, error);
+    if (!status) status = pass == FA_FORWARD ? run_forward(&plan, error) : fa_cuda_run_backward(plan.kernel, &plan.args, &plan.args, error);
     fa_cuda_leave(p->device_index, previous);
     return status;
 }

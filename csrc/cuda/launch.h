@@ -11,6 +11,7 @@
 #define FA_CUDA_LAUNCH_H
 
 #include "args.h"
+#include "device.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -29,6 +30,22 @@ fa_cuda_find fa_sm80_backward_32, fa_sm80_backward_64, fa_sm80_backward_96, fa_s
              fa_sm80_backward_256;
 fa_cuda_find fa_sm80_fp32_forward_64, fa_sm80_fp32_forward_128, fa_sm80_fp32_forward_256;
 fa_cuda_find fa_sm80_fp32_backward_64, fa_sm80_fp32_backward_128, fa_sm80_fp32_backward_256;
+
+/* What sm90/ shares with launch.c. */
+struct fa_cuda_args fa_cuda_arguments(const struct fa_params *p);
+enum fa_variant fa_cuda_variant(const struct fa_params *p);
+bool fa_cuda_is_aligned(const struct fa_params *p, const struct fa_tensor *t);      /* every row, to 16 bytes */
+
+/* The backward's pieces of the workspace, by the sizes and the d_bucket in `a`; returns how many bytes. */
+int64_t fa_cuda_plan_backward(struct fa_cuda_args *a);
+
+/* prepare | the kernel, with a grid over b hk n_tiles and `args` for its parameter | convert | fill. */
+enum fa_status fa_cuda_run_backward(const struct fa_cuda_kernel *kernel, const void *args, const struct fa_cuda_args *a,
+                                    struct fa_error *error);
+
+/* One kernel in a stream, with `args` for its only parameter; none where there is nothing to do. */
+enum fa_status fa_cuda_launch(const char *name, const struct fa_cuda_kernel *kernel, int64_t blocks, int splits, const void *args,
+                              void *stream, struct fa_error *error);
 
 #ifdef __cplusplus
 }

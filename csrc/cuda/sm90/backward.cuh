@@ -1,0 +1,476 @@
+/* cuda/sm90/backward.cuh: the gradients with TMA and wgmma; a block owns 64 keys of one key/value head a consumer warpgroup.
+ *
+ *     S^T = K Q^T    P = exp2(c S - lse2)    dV += P^T dO    dP^T = V dO^T    dS = P (dP - delta)    dK += dS^T Q    dQ += dS K
+ */
+#ifndef FA_SM90_BACKWARD_CUH
+#define FA_SM90_BACKWARD_CUH
+
+#include "../dq_layout.cuh"
+#include "../score.cuh"
+#include "backward_args.h"
+#include "backward_config.h"
+#include "ptx.cuh"
+
+/* A 1024-byte aligned place and what lies there. */
+#ifndef BULK_DQ
+#define BULK_DQ true
+#endif
+
+template <int D, class Tile> struct sm90_backward_shared {
+    enum : int {
+        BLOCK_M = Tile::BLOCK_M, BLOCK_N = 64 * Tile::GROUPS, STAGES = 2, PANELS = (D + 63) / 64,
+        K_BYTES = BLOCK_N * PANELS * 128, Q_BYTES = BLOCK_M * PANELS * 128, DS_BYTES = BLOCK_N * BLOCK_M * 2,
+        DQ_BYTES = BULK_DQ ? BLOCK_M * D * 4 : 0,
+        K = 0, V = K + K_BYTES, Q = V + K_BYTES, DO = Q + STAGES * Q_BYTES, DS = DO + STAGES * Q_BYTES,
+        DQ = DS + Tile::GROUPS * DS_BYTES, LSE2 = DQ + Tile::GROUPS * DQ_BYTES, DELTA = LSE2 + STAGES * BLOCK_M * 4,
+        BARRIERS = DELTA + STAGES * BLOCK_M * 4,
+        K_FULL = BARRIERS, V_FULL = K_FULL + 8, Q_FULL = V_FULL + 8, DO_FULL = Q_FULL + 8 * STAGES,
+        Q_FREE = DO_FULL + 8 * STAGES, DO_FREE = Q_FREE + 8 * STAGES, END = DO_FREE + 8 * STAGES,
+        BYTES = END + 1024,             /* the dynamic base is aligned to less */
+    };
+    static_assert(BYTES <= 232448, "a block's limit");
+};
+
+template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm90_backward {
+    using Shared = sm90_backward_shared<D, Tile>;
+    enum : int {
+        GROUPS = Tile::GROUPS, THREADS = 128 * (GROUPS + 1), CONSUMERS = 128 * GROUPS,
+        BLOCK_M = Tile::BLOCK_M, BLOCK_N = 64 * GROUPS, STAGES = Shared::STAGES, PANELS = Shared::PANELS,
+        NT = BLOCK_M / 8, QT = BLOCK_M / 16, DT = D / 8, KV_STEPS = Tile::KV_REGISTERS ? D / 16 : 1,
+        /* named barriers */
+        READY = 1, FREE = READY + GROUPS, ALL = FREE + GROUPS, GROUP = ALL + 1,
+    };
+
+    const fa_sm90_backward_args &args;
+    const fa_cuda_args &a;
+    const uint32_t shared;
+    const int b, kv_head, j0;
+    const sequence seq;
+    int m_first, m_last;                    /* query tiles [first, last) */
+
+    __device__ __forceinline__ sm90_backward(const fa_sm90_backward_args &args_, uint32_t shared_, int batch, int kv, int n)
+        : args(args_), a(args_.a), shared(shared_), b(batch), kv_head(kv), j0(n * BLOCK_N), seq(sequence_of(a.p, batch))
+    {
+        const int j_end = min(j0 + BLOCK_N, seq.sk) - 1;
+        const bool used = j0 < seq.sk;
+        m_first = used ? first_query(a, seq, j0) / BLOCK_M : 0;
+        m_last = used ? (max(last_query(a, seq, j_end), 0) + BLOCK_M - 1) / BLOCK_M : 0;
+        m_first = min(m_first, m_last);
+    }
+
+    __device__ __forceinline__ int steps() const { return (m_last - m_first) * a.group; }
+
+    /* Where a walk over the query tiles of the group's heads is. */
+    struct position { int head, m, step; };
+#ifdef ROTATE
+    __device__ __forceinline__ int m_start() const { return a.p.deterministic ? m_first : m_first + (int)((unsigned)j0 / BLOCK_N * ROTATE % (unsigned)max(m_last - m_first, 1)); }
+#else
+    __device__ __forceinline__ int m_start() const { return m_first; }
+#endif
+    __device__ __forceinline__ position start() const { return { kv_head * a.group, m_start(), 0 }; }
+    __device__ __forceinline__ void advance_to_next(position &at) const
+    {
+        at.step++;
+        if (++at.m == m_last) at.m = m_first;
+        if (at.m == m_start()) at.head++;
+    }
+
+    __device__ __forceinline__ static void init_barriers(uint32_t shared)
+    {
+        mbarrier_init(shared + Shared::K_FULL, 1);
+        mbarrier_init(shared + Shared::V_FULL, 1);
+        for (int s = 0; s < STAGES; s++) {
+            mbarrier_init(shared + Shared::Q_FULL + 8 * s, 1);
+            mbarrier_init(shared + Shared::DO_FULL + 8 * s, 1);
+            mbarrier_init(shared + Shared::Q_FREE + 8 * s, GROUPS);
+            mbarrier_init(shared + Shared::DO_FREE + 8 * s, GROUPS);
+        }
+        mbarrier_init_fence();
+    }
+
+    /* ---- producer: one thread ---- */
+
+    __device__ __forceinline__ void load_keys(const fa_tensor_map &map, uint32_t tile, uint32_t barrier)
+    {
+        mbarrier_arrive_expect(barrier, Shared::K_BYTES);
+        #pragma unroll
+        for (int p = 0; p < PANELS; p++)
+            tma_load(tile + p * BLOCK_N * 128, map, 64 * p, seq.k0 + j0, kv_head, a.p.cu_k ? 0 : b, barrier, EVICT_NORMAL);
+    }
+    __device__ __forceinline__ void load_queries(const fa_tensor_map &map, uint32_t tile, const float *rows, uint32_t rows_at,
+                                                 const position &at, uint32_t barrier)
+    {
+        mbarrier_arrive_expect(barrier, Shared::Q_BYTES + BLOCK_M * 4);
+        #pragma unroll
+        for (int p = 0; p < PANELS; p++)
+            tma_load(tile + p * BLOCK_M * 128, map, 64 * p, seq.q0 + at.m * BLOCK_M, at.head, a.p.cu_q ? 0 : b, barrier, EVICT_LAST);
+        bulk_load(rows_at, rows + padded_row(a, seq, b, at.head) + at.m * BLOCK_M, BLOCK_M * 4, barrier);
+    }
+
+    __device__ __forceinline__ void produce()
+    {
+        const int total = steps();
+        for (position at = start(); at.step < total; advance_to_next(at)) {
+            const int s = at.step % STAGES, parity = at.step / STAGES % 2 ^ 1;
+            if (at.step == 0) load_keys(args.k, shared + Shared::K, shared + Shared::K_FULL);
+            mbarrier_wait(shared + Shared::Q_FREE + 8 * s, parity);
+            load_queries(args.q, shared + Shared::Q + s * Shared::Q_BYTES, a.lse2, shared + Shared::LSE2 + s * BLOCK_M * 4,
+                         at, shared + Shared::Q_FULL + 8 * s);
+            if (at.step == 0) load_keys(args.v, shared + Shared::V, shared + Shared::V_FULL);
+            mbarrier_wait(shared + Shared::DO_FREE + 8 * s, parity);
+            load_queries(args.dout, shared + Shared::DO + s * Shared::Q_BYTES, a.delta, shared + Shared::DELTA + s * BLOCK_M * 4,
+                         at, shared + Shared::DO_FULL + 8 * s);
+        }
+    }
+
+    /* ---- consumers ---- */
+
+    /* Rows of a tile from `rows` on become 0: TMA brought what lies behind the sequence. All consumers together. */
+    template <int ROWS> __device__ __forceinline__ void zero_rows(uint32_t tile, int rows)
+    {
+        for (int at = threadIdx.x - 128; at < (ROWS - rows) * 8 * PANELS; at += CONSUMERS) {
+            const int row = rows + at / 8 % (ROWS - rows), panel = at / 8 / (ROWS - rows);
+            store_shared_16(tile + panel * ROWS * 128 + row * 128 + at % 8 * 16, make_uint4(0, 0, 0, 0));
+        }
+        fence_proxy_async();
+        barrier_sync(ALL, CONSUMERS);
+    }
+
+    /* S^T or dP^T (64 keys, BLOCK_M) = keys queries^T. */
+    __device__ __forceinline__ void product(float (&c)[BLOCK_M / 2], uint32_t keys, uint32_t queries)
+    {
+        const uint32_t x = matrix_at(keys), y = matrix_at(queries);
+        #pragma unroll
+        for (int k = 0; k < D / 16; k++)
+            wgmma<T, BLOCK_M, 0, 0>::ss(c, descriptor(advance(x, k / 4 * BLOCK_N * 128 + k % 4 * 32)),
+                                        descriptor(advance(y, k / 4 * BLOCK_M * 128 + k % 4 * 32)), k > 0);
+        wgmma_commit();
+    }
+
+    /* The same with the keys in registers. */
+    __device__ __forceinline__ void product(float (&c)[BLOCK_M / 2], const uint32_t (&keys)[KV_STEPS][4], uint32_t queries)
+    {
+        const uint32_t y = matrix_at(queries);
+        #pragma unroll
+        for (int k = 0; k < D / 16; k++)
+            wgmma<T, BLOCK_M, 0, 0>::rs(c, keys[k], descriptor(advance(y, k / 4 * BLOCK_M * 128 + k % 4 * 32)), k > 0);
+        wgmma_commit();
+    }
+    __device__ __forceinline__ void read_keys(uint32_t (&keys)[KV_STEPS][4], uint32_t tile, int row16)
+    {
+        const int lane = threadIdx.x & 31, row = row16 + (lane & 15);
+        #pragma unroll
+        for (int k = 0; k < KV_STEPS; k++)
+            ldmatrix(keys[k], tile + k / 4 * BLOCK_N * 128 + row * 128 + (((k % 4 * 2 + (lane >> 4)) ^ (row & 7)) << 4));
+    }
+
+    /* sum (64 keys, D) += x (64, BLOCK_M) queries (BLOCK_M, D). */
+    __device__ __forceinline__ void accumulate(float (&sum)[D / 2], const uint32_t (&x)[QT][4], uint32_t queries)
+    {
+        const uint32_t y = matrix_at(queries, BLOCK_M * 128);
+        #pragma unroll
+        for (int k = 0; k < QT; k++) wgmma<T, D, 0, 1>::rs(sum, x[k], descriptor(advance(y, k * 2048)), true);
+        wgmma_commit();
+    }
+
+    /* dQ (64 queries, D) = dS (64, BLOCK_N) K (BLOCK_N, D); dS lies as dS^T. */
+    __device__ __forceinline__ void query_product(float (&dq)[D / 2], uint32_t ds_tile)
+    {
+        const uint32_t x = matrix_at(ds_tile, BLOCK_N * 128), y = matrix_at(shared + Shared::K, BLOCK_N * 128);
+        #pragma unroll
+        for (int k = 0; k < BLOCK_N / 16; k++)
+            wgmma<T, D, 1, 1>::ss(dq, descriptor(advance(x, k * 2048)), descriptor(advance(y, k * 2048)), k > 0);
+        wgmma_commit();
+    }
+
+    /* What dropout drops of two 16x16 pieces along the queries: score.cuh's flags. */
+    __device__ __forceinline__ void dropout_flags(uint32_t (&flags)[2][2], const position &at, int key, int piece)
+    {
+        const uint32_t piece_j = (uint32_t)key / 16, first = at.m * BLOCK_M / 16 + piece;
+        const uint32_t pieces_i[2] = { first, first + 1 }, pieces_j[2] = { piece_j, piece_j };
+        uint32_t bytes[2][2];
+        dropout_bytes(bytes, a.p.rng[0], a.p.rng[1], b * (int)a.p.h + at.head, pieces_i, pieces_j, threadIdx.x & 31, true);
+        #pragma unroll
+        for (int x = 0; x < 4; x++) flags[x / 2][x % 2] = dropped_flags(bytes[x / 2][x % 2], a.keep256);
+    }
+
+    /* S^T becomes P^T: packed for dV in `left`, and times the score's derivative in s for dS, negative where dropped. */
+    __device__ __forceinline__ void probabilities(float (&s)[BLOCK_M / 2], uint32_t (&left)[QT][4], const position &at, int key,
+                                                  bool masked, uint32_t lse2)
+    {
+        const bool mods = has_score_mod<VARIANT>(a);
+        const float slope = mods ? alibi_slope(a, b, at.head) : 0.0f;
+        const int lane = threadIdx.x & 31, i0 = at.m * BLOCK_M + (lane & 3) * 2;
+        if (masked) {
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int j = key + 8 * half, last = j < seq.sk ? last_query(a, seq, j) : 0, first = first_query(a, seq, j);
+                if (mods) continue;
+                #pragma unroll
+                for (int n = 0; n < NT; n++)
+                    #pragma unroll
+                    for (int c = 0; c < 2; c++) {
+                        const int i = i0 + 8 * n + c;
+                        if (i < first || i >= last) s[4 * n + 2 * half + c] = -INFINITY;
+                    }
+            }
+        }
+        uint32_t flags[2][2];
+        #pragma unroll
+        for (int n = 0; n < NT; n++) {
+            if (VARIANT == FA_DROPOUT && n % 4 == 0) dropout_flags(flags, at, key, n / 2);
+            const float2 shift = load_shared_8(lse2 + (8 * n + (lane & 3) * 2) * 4);
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float p[2];
+                #pragma unroll
+                for (int c = 0; c < 2; c++) {
+                    float &x = s[4 * n + 2 * half + c], derivative = 1.0f;
+                    const int i = i0 + 8 * n + c, j = key + 8 * half;
+                    if (mods) x = modify_score(a, x, slope, i + seq.sk - seq.sq - j, derivative);
+                    x = exp2_approx(fmaf(x, a.exponent_scale, -(c ? shift.y : shift.x)));
+                    if (mods && masked && (j < first_key(a, seq, i) || j >= last_key(a, seq, i))) x = 0.0f;
+                    p[c] = x;
+                    if (mods) x *= derivative;
+                }
+                uint32_t &packed = left[n / 2][n % 2 * 2 + half];
+                packed = pack<T>(p[0], p[1]);
+                if (VARIANT == FA_DROPOUT) {
+                    packed &= ~dropped_pair(flags[n / 2 % 2], 2 * (n % 2) + half);
+                    #pragma unroll
+                    for (int c = 0; c < 2; c++) {
+                        float &x = s[4 * n + 2 * half + c];
+                        x = __uint_as_float(__float_as_uint(x) | (dropped_one(flags[n / 2 % 2][c], 2 * (n % 2) + half) & 0x80000000u));
+                    }
+                }
+            }
+        }
+    }
+
+    /* dS = P (Z dP - delta), packed; s holds P times the score's derivative. */
+    __device__ __forceinline__ void score_gradients(uint32_t (&left)[QT][4], const float (&dp)[BLOCK_M / 2], const float (&s)[BLOCK_M / 2],
+                                                    uint32_t delta)
+    {
+        #pragma unroll
+        for (int n = 0; n < NT; n++) {
+            const float2 shift = load_shared_8(delta + (8 * n + (threadIdx.x & 3) * 2) * 4);
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float ds[2];
+                #pragma unroll
+                for (int c = 0; c < 2; c++) {
+                    const float p = s[4 * n + 2 * half + c];
+                    float x = dp[4 * n + 2 * half + c];
+                    if (VARIANT == FA_DROPOUT) x = (int)__float_as_uint(p) < 0 ? 0.0f : x * a.kept;
+                    ds[c] = (VARIANT == FA_DROPOUT ? fabsf(p) : p) * (x - (c ? shift.y : shift.x));
+                }
+                left[n / 2][n % 2 * 2 + half] = pack<T>(ds[0], ds[1]);
+            }
+        }
+    }
+
+    /* This warp's 16 keys of dS^T, as the left operand of dQ: panels of 64 queries. */
+    __device__ __forceinline__ void store_ds(uint32_t ds_tile, const uint32_t (&ds)[QT][4], int row16)
+    {
+        const int lane = threadIdx.x & 31, row = row16 + (lane >> 3 & 1) * 8 + (lane & 7);
+        #pragma unroll
+        for (int q = 0; q < QT; q++)
+            stmatrix(ds_tile + q / 4 * BLOCK_N * 128 + row * 128 + (((q % 4 * 2 + (lane >> 4)) ^ (row & 7)) << 4),
+                     ds[q][0], ds[q][1], ds[q][2], ds[q][3]);
+    }
+
+    /* Deterministic dq: key tiles add to 16 rows of queries in ascending order. Tiles start in that order too, so the one that is
+     * waited for is running or done. */
+    __device__ __forceinline__ void wait_for_turn(int64_t row, int i) const
+    {
+        if ((threadIdx.x & 31) == 0) {
+            const int before = j0 / BLOCK_N - first_key(a, seq, i / BLOCK_M * BLOCK_M) / BLOCK_N;
+            while (*(volatile int *)(a.turns + row / 16) < before) __nanosleep(64);
+            __threadfence();
+        }
+        __syncwarp();
+    }
+    __device__ __forceinline__ void pass_turn(int64_t row) const
+    {
+        __threadfence();
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0) atomicAdd(a.turns + row / 16, 1);
+    }
+
+    /* This warp's 16 queries of dQ into dq_accum: by one bulk sum of 64 D bytes, or a red.v4 a block. */
+    __device__ __forceinline__ void add_dq(const float (&dq)[D / 2], const position &at, uint32_t buffer)
+    {
+        const int lane = threadIdx.x & 31, i = at.m * BLOCK_M + (threadIdx.x >> 5 & 3) * 16;
+        const int64_t row = padded_row(a, seq, b, at.head) + i;
+        float *sums = a.dq_accum + dq_block<D>(row, 0);
+        if (BULK_DQ) {
+            bulk_wait_read<0>();
+            __syncwarp();
+            #pragma unroll
+            for (int j = 0; j < DT; j++)
+                store_shared_16(buffer + j * 512 + lane * 16,
+                                make_uint4(__float_as_uint(dq[4 * j]), __float_as_uint(dq[4 * j + 1]),
+                                           __float_as_uint(dq[4 * j + 2]), __float_as_uint(dq[4 * j + 3])));
+            fence_proxy_async();
+            __syncwarp();
+            if (a.p.deterministic) wait_for_turn(row, i);
+            if (lane == 0) {
+                bulk_add(sums, buffer, 64 * D);
+                bulk_commit();
+                if (a.p.deterministic) bulk_wait<0>();
+            }
+        } else {
+            if (a.p.deterministic) wait_for_turn(row, i);
+            #pragma unroll
+            for (int j = 0; j < DT; j++) {
+                const float c[4] = { dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3] };
+                dq_add(sums + j * 128, lane, c);
+            }
+        }
+        if (a.p.deterministic) pass_turn(row);
+    }
+
+    /* dK or dV of this warp's keys, through rows of `tile` that no other warp touches. Keys in no use get 0. */
+    __device__ __forceinline__ void store(const float (&x)[D / 2], uint32_t tile, int row16, float factor, const fa_tensor &t, int d, bool aligned)
+    {
+        const int lane = threadIdx.x & 31;
+        const int row = row16 + (lane >> 3 & 1) * 8 + (lane & 7), key = j0 + row16 + (lane >> 2);
+        const float scale[2] = { key < seq.sk ? factor : 0.0f, key + 8 < seq.sk ? factor : 0.0f };
+        #pragma unroll
+        for (int q = 0; q < DT / 2; q++)
+            stmatrix(tile + q / 4 * BLOCK_N * 128 + row * 128 + (((q % 4 * 2 + (lane >> 4)) ^ (row & 7)) << 4),
+                     pack<T>(x[8 * q] * scale[0], x[8 * q + 1] * scale[0]), pack<T>(x[8 * q + 2] * scale[1], x[8 * q + 3] * scale[1]),
+                     pack<T>(x[8 * q + 4] * scale[0], x[8 * q + 5] * scale[0]), pack<T>(x[8 * q + 6] * scale[1], x[8 * q + 7] * scale[1]));
+        __syncwarp();
+        uint16_t *to = (uint16_t *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + j0 + row16) * t.stride_s + kv_head * t.stride_h;
+        #pragma unroll 4
+        for (int at = lane; at < 16 * DT; at += 32) {
+            const int r = at / DT, chunk = at % DT, in_tile = row16 + r, left = d - chunk * 8;
+            if (j0 + in_tile >= seq.k_rows || left <= 0) continue;
+            const uint4 words = load_shared_16(tile + chunk / 8 * BLOCK_N * 128 + in_tile * 128 + ((chunk % 8 ^ (in_tile & 7)) << 4));
+            uint16_t *dst = to + r * t.stride_s + chunk * 8;
+            if (aligned && left >= 8) {
+                *(uint4 *)dst = words;
+            } else {
+                const uint32_t w[4] = { words.x, words.y, words.z, words.w };
+                #pragma unroll
+                for (int e = 0; e < 8; e++)
+                    if (e < left) dst[e] = (uint16_t)(w[e / 2] >> 16 * (e % 2));
+            }
+        }
+        __syncwarp();
+    }
+
+    __device__ __forceinline__ void consume()
+    {
+        const int group = __shfl_sync(0xffffffff, threadIdx.x / 128 - 1, 0), row16 = group * 64 + (threadIdx.x >> 5 & 3) * 16;
+        const int key = j0 + row16 + (threadIdx.x >> 2 & 7), total = steps();
+        const bool behind_q = a.p.cu_q, behind_k = a.p.cu_k || a.p.seqused_k;
+        const uint32_t own_k = shared + Shared::K + group * 64 * 128, own_v = shared + Shared::V + group * 64 * 128;
+        float dk[D / 2], dv[D / 2];
+        #pragma unroll
+        for (int e = 0; e < D / 2; e++) dk[e] = dv[e] = 0.0f;
+
+        if (total > 0) {
+            mbarrier_wait(shared + Shared::K_FULL, 0);
+            mbarrier_wait(shared + Shared::V_FULL, 0);
+            if (behind_k && j0 + BLOCK_N > seq.sk) {
+                zero_rows<BLOCK_N>(shared + Shared::K, seq.sk - j0);
+                zero_rows<BLOCK_N>(shared + Shared::V, seq.sk - j0);
+            }
+        }
+        uint32_t k_left[KV_STEPS][4], v_left[KV_STEPS][4];
+        if (Tile::KV_REGISTERS && total > 0) {
+            read_keys(k_left, shared + Shared::K, row16);
+            read_keys(v_left, shared + Shared::V, row16);
+        }
+        #pragma unroll 1
+        for (position at = start(); at.step < total; advance_to_next(at)) {
+            const int stage = at.step % STAGES, parity = at.step / STAGES % 2, owner = at.step % GROUPS, i0 = at.m * BLOCK_M;
+            const uint32_t q_tile = shared + Shared::Q + stage * Shared::Q_BYTES, do_tile = shared + Shared::DO + stage * Shared::Q_BYTES;
+            const uint32_t lse2 = shared + Shared::LSE2 + stage * BLOCK_M * 4, delta = shared + Shared::DELTA + stage * BLOCK_M * 4;
+            const uint32_t ds_tile = shared + Shared::DS + owner * Shared::DS_BYTES;
+            const bool masked = first_key(a, seq, min(i0 + BLOCK_M, seq.sq) - 1) > j0 || last_key(a, seq, i0) < j0 + BLOCK_N;
+            float s[BLOCK_M / 2] = {}, dp[BLOCK_M / 2] = {};
+            uint32_t p_left[QT][4], ds_left[QT][4];
+
+            mbarrier_wait(shared + Shared::Q_FULL + 8 * stage, parity);
+            if (behind_q && i0 + BLOCK_M > seq.sq) {
+                mbarrier_wait(shared + Shared::DO_FULL + 8 * stage, parity);
+                zero_rows<BLOCK_M>(q_tile, seq.sq - i0);
+                zero_rows<BLOCK_M>(do_tile, seq.sq - i0);
+            }
+            wgmma_fence();
+            if constexpr (Tile::KV_REGISTERS) product(s, k_left, q_tile);
+            else product(s, own_k, q_tile);
+            mbarrier_wait(shared + Shared::DO_FULL + 8 * stage, parity);
+            wgmma_fence();
+            if constexpr (Tile::KV_REGISTERS) product(dp, v_left, do_tile);
+            else product(dp, own_v, do_tile);
+            wgmma_wait<1>();
+            wgmma_result(s);
+            probabilities(s, p_left, at, key, masked, lse2);
+            wgmma_fence();
+            accumulate(dv, p_left, do_tile);
+            wgmma_wait<1>();
+            wgmma_result(dp);
+            score_gradients(ds_left, dp, s, delta);
+            if (group != owner && at.step >= GROUPS) barrier_sync(FREE + owner, CONSUMERS);
+            store_ds(ds_tile, ds_left, row16);
+            fence_proxy_async();
+            wgmma_fence();
+            accumulate(dk, ds_left, q_tile);
+            if (group != owner) barrier_arrive(READY + owner, CONSUMERS);
+            wgmma_wait<1>();
+            wgmma_result(dv);
+            if (threadIdx.x % 128 == 0) mbarrier_arrive(shared + Shared::DO_FREE + 8 * stage);
+            if (group == owner) {
+                float dq[D / 2] = {};
+                barrier_sync(READY + owner, CONSUMERS);
+                wgmma_fence();
+                query_product(dq, ds_tile);
+                wgmma_wait<1>();
+                wgmma_result(dk);
+                if (threadIdx.x % 128 == 0) mbarrier_arrive(shared + Shared::Q_FREE + 8 * stage);
+                wgmma_wait<0>();
+                wgmma_result(dq);
+                if (at.step + GROUPS < total) barrier_arrive(FREE + owner, CONSUMERS);
+                add_dq(dq, at, shared + Shared::DQ + group * Shared::DQ_BYTES + (threadIdx.x >> 5 & 3) * 64 * D);
+            } else {
+                wgmma_wait<0>();
+                wgmma_result(dk);
+                if (threadIdx.x % 128 == 0) mbarrier_arrive(shared + Shared::Q_FREE + 8 * stage);
+            }
+        }
+        barrier_sync(GROUP + group, 128);       /* all its warps are done with the rows of V that carry the results out */
+        store(dv, shared + Shared::V, row16, VARIANT == FA_DROPOUT ? a.kept : 1.0f, a.p.dv, (int)a.p.d_v, a.aligned_dv);
+        store(dk, shared + Shared::V, row16, a.scale, a.p.dk, (int)a.p.d, a.aligned_dk);
+        if (BULK_DQ) bulk_wait_read<0>();
+    }
+};
+
+/* Sections of heads one after the other; in a section key tiles ascend, the longest first if causal, heads innermost. */
+template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile>
+__global__ void __launch_bounds__(128 * (Tile::GROUPS + 1), 1) sm90_backward_kernel(const __grid_constant__ fa_sm90_backward_args args)
+{
+    extern __shared__ __align__(128) uint8_t dynamic[];
+    using kernel = sm90_backward<T, D, VARIANT, Tile>;
+    const fa_cuda_args &a = args.a;
+    const uint32_t shared = (shared_address(dynamic) + 1023) & ~1023u;
+    const int heads = (int)(a.p.b * a.p.hk), per_section = args.section * a.n_tiles;
+    const int first = blockIdx.x / per_section * args.section, in_section = min(args.section, heads - first);
+    const int rest = blockIdx.x % per_section, batch_head = first + rest % in_section;
+    kernel block(args, shared, batch_head / (int)a.p.hk, batch_head % (int)a.p.hk, rest / in_section);
+    if (block.j0 >= block.seq.k_rows) return;
+    if (threadIdx.x == 0) kernel::init_barriers(shared);
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        fewer_registers<Tile::PRODUCER_REGISTERS>();
+        if (threadIdx.x < 32 && elect_one()) block.produce();
+    } else {
+        more_registers<Tile::REGISTERS>();
+        block.consume();
+    }
+}
+
+#endif
