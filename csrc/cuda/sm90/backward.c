@@ -9,11 +9,14 @@ enum { CAPABILITY = 90, CHANNELS_PER_CHUNK = 8, SECTION_BYTES = 32 << 20 };
 
 typedef const struct fa_cuda_kernel *find_kernel(enum fa_dtype dtype, enum fa_variant variant);
 
-find_kernel fa_sm90_backward_64, fa_sm90_backward_128;
+find_kernel fa_sm90_backward_64, fa_sm90_backward_96, fa_sm90_backward_128, fa_sm90_backward_192, fa_sm90_backward_256;
 
 static const struct bucket { int channels; find_kernel *find; } buckets[] = {
     {  64, fa_sm90_backward_64 },
+    {  96, fa_sm90_backward_96 },
     { 128, fa_sm90_backward_128 },
+    { 192, fa_sm90_backward_192 },
+    { 256, fa_sm90_backward_256 },
 };
 enum { BUCKETS = sizeof buckets / sizeof *buckets };
 

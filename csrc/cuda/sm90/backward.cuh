@@ -12,17 +12,13 @@
 #include "ptx.cuh"
 
 /* A 1024-byte aligned place and what lies there. */
-#ifndef BULK_DQ
-#define BULK_DQ true
-#endif
-
 template <int D, class Tile> struct sm90_backward_shared {
     enum : int {
-        BLOCK_M = Tile::BLOCK_M, BLOCK_N = 64 * Tile::GROUPS, STAGES = 2, PANELS = (D + 63) / 64,
+        BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, STAGES = 2, PANELS = (D + 63) / 64,
         K_BYTES = BLOCK_N * PANELS * 128, Q_BYTES = BLOCK_M * PANELS * 128, DS_BYTES = BLOCK_N * BLOCK_M * 2,
-        DQ_BYTES = BULK_DQ ? BLOCK_M * D * 4 : 0,
+        DQ_BYTES = Tile::BULK_DQ ? BLOCK_M * D * 4 : 0, P_BYTES = Tile::ROLES == 2 ? BLOCK_N * BLOCK_M * 2 : 0,
         K = 0, V = K + K_BYTES, Q = V + K_BYTES, DO = Q + STAGES * Q_BYTES, DS = DO + STAGES * Q_BYTES,
-        DQ = DS + Tile::GROUPS * DS_BYTES, LSE2 = DQ + Tile::GROUPS * DQ_BYTES, DELTA = LSE2 + STAGES * BLOCK_M * 4,
+        DQ = DS + Tile::GROUPS * DS_BYTES, P = DQ + Tile::GROUPS * DQ_BYTES, LSE2 = P + P_BYTES, DELTA = LSE2 + STAGES * BLOCK_M * 4,
         BARRIERS = DELTA + STAGES * BLOCK_M * 4,
         K_FULL = BARRIERS, V_FULL = K_FULL + 8, Q_FULL = V_FULL + 8, DO_FULL = Q_FULL + 8 * STAGES,
         Q_FREE = DO_FULL + 8 * STAGES, DO_FREE = Q_FREE + 8 * STAGES, END = DO_FREE + 8 * STAGES,
@@ -35,10 +31,10 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm
     using Shared = sm90_backward_shared<D, Tile>;
     enum : int {
         GROUPS = Tile::GROUPS, THREADS = 128 * (GROUPS + 1), CONSUMERS = 128 * GROUPS,
-        BLOCK_M = Tile::BLOCK_M, BLOCK_N = 64 * GROUPS, STAGES = Shared::STAGES, PANELS = Shared::PANELS,
+        ROLES = Tile::ROLES, BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, STAGES = Shared::STAGES, PANELS = Shared::PANELS,
         NT = BLOCK_M / 8, QT = BLOCK_M / 16, DT = D / 8, KV_STEPS = Tile::KV_REGISTERS ? D / 16 : 1,
         /* named barriers */
-        READY = 1, FREE = READY + GROUPS, ALL = FREE + GROUPS, GROUP = ALL + 1,
+        READY = 1, FREE = READY + GROUPS, ALL = FREE + GROUPS, GROUP = ALL + 1, P_READY = GROUP + GROUPS, P_FREE,
     };
 
     const fa_sm90_backward_args &args;
@@ -173,13 +169,14 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm
         wgmma_commit();
     }
 
-    /* dQ (64 queries, D) = dS (64, BLOCK_N) K (BLOCK_N, D); dS lies as dS^T. */
-    __device__ __forceinline__ void query_product(float (&dq)[D / 2], uint32_t ds_tile)
+    /* dQ (64 queries, N channels from `channel`) = dS (64, BLOCK_N) K (BLOCK_N, N); dS lies as dS^T. */
+    template <int N> __device__ __forceinline__ void query_product(float (&dq)[N / 2], uint32_t ds_tile, int channel)
     {
-        const uint32_t x = matrix_at(ds_tile, BLOCK_N * 128), y = matrix_at(shared + Shared::K, BLOCK_N * 128);
+        const uint32_t x = matrix_at(ds_tile, BLOCK_N * 128);
+        const uint32_t y = matrix_at(shared + Shared::K + channel / 64 * BLOCK_N * 128, BLOCK_N * 128);
         #pragma unroll
         for (int k = 0; k < BLOCK_N / 16; k++)
-            wgmma<T, D, 1, 1>::ss(dq, descriptor(advance(x, k * 2048)), descriptor(advance(y, k * 2048)), k > 0);
+            wgmma<T, N, 1, 1>::ss(dq, descriptor(advance(x, k * 2048)), descriptor(advance(y, k * 2048)), k > 0);
         wgmma_commit();
     }
 
@@ -285,7 +282,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm
     {
         if ((threadIdx.x & 31) == 0) {
             const int before = j0 / BLOCK_N - first_key(a, seq, i / BLOCK_M * BLOCK_M) / BLOCK_N;
-            while (*(volatile int *)(a.turns + row / 16) < before) __nanosleep(64);
+            while (*(volatile int *)(a.turns + row / 16) < before * ROLES) __nanosleep(64);
             __threadfence();
         }
         __syncwarp();
@@ -298,16 +295,16 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm
     }
 
     /* This warp's 16 queries of dQ into dq_accum: by one bulk sum of 64 D bytes, or a red.v4 a block. */
-    __device__ __forceinline__ void add_dq(const float (&dq)[D / 2], const position &at, uint32_t buffer)
+    template <int N> __device__ __forceinline__ void add_dq(const float (&dq)[N / 2], const position &at, int channel, uint32_t buffer)
     {
         const int lane = threadIdx.x & 31, i = at.m * BLOCK_M + (threadIdx.x >> 5 & 3) * 16;
         const int64_t row = padded_row(a, seq, b, at.head) + i;
-        float *sums = a.dq_accum + dq_block<D>(row, 0);
-        if (BULK_DQ) {
+        float *sums = a.dq_accum + dq_block<D>(row, channel / 8);
+        if (Tile::BULK_DQ) {
             bulk_wait_read<0>();
             __syncwarp();
             #pragma unroll
-            for (int j = 0; j < DT; j++)
+            for (int j = 0; j < N / 8; j++)
                 store_shared_16(buffer + j * 512 + lane * 16,
                                 make_uint4(__float_as_uint(dq[4 * j]), __float_as_uint(dq[4 * j + 1]),
                                            __float_as_uint(dq[4 * j + 2]), __float_as_uint(dq[4 * j + 3])));
@@ -322,7 +319,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm
         } else {
             if (a.p.deterministic) wait_for_turn(row, i);
             #pragma unroll
-            for (int j = 0; j < DT; j++) {
+            for (int j = 0; j < N / 8; j++) {
                 const float c[4] = { dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3] };
                 dq_add(sums + j * 128, lane, c);
             }
@@ -365,20 +362,12 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm
     {
         const int group = __shfl_sync(0xffffffff, threadIdx.x / 128 - 1, 0), row16 = group * 64 + (threadIdx.x >> 5 & 3) * 16;
         const int key = j0 + row16 + (threadIdx.x >> 2 & 7), total = steps();
-        const bool behind_q = a.p.cu_q, behind_k = a.p.cu_k || a.p.seqused_k;
         const uint32_t own_k = shared + Shared::K + group * 64 * 128, own_v = shared + Shared::V + group * 64 * 128;
         float dk[D / 2], dv[D / 2];
         #pragma unroll
         for (int e = 0; e < D / 2; e++) dk[e] = dv[e] = 0.0f;
 
-        if (total > 0) {
-            mbarrier_wait(shared + Shared::K_FULL, 0);
-            mbarrier_wait(shared + Shared::V_FULL, 0);
-            if (behind_k && j0 + BLOCK_N > seq.sk) {
-                zero_rows<BLOCK_N>(shared + Shared::K, seq.sk - j0);
-                zero_rows<BLOCK_N>(shared + Shared::V, seq.sk - j0);
-            }
-        }
+        if (total > 0) zero_keys();
         uint32_t k_left[KV_STEPS][4], v_left[KV_STEPS][4];
         if (Tile::KV_REGISTERS && total > 0) {
             read_keys(k_left, shared + Shared::K, row16);
@@ -394,12 +383,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm
             float s[BLOCK_M / 2] = {}, dp[BLOCK_M / 2] = {};
             uint32_t p_left[QT][4], ds_left[QT][4];
 
+            zero_queries(i0, stage, parity);
             mbarrier_wait(shared + Shared::Q_FULL + 8 * stage, parity);
-            if (behind_q && i0 + BLOCK_M > seq.sq) {
-                mbarrier_wait(shared + Shared::DO_FULL + 8 * stage, parity);
-                zero_rows<BLOCK_M>(q_tile, seq.sq - i0);
-                zero_rows<BLOCK_M>(do_tile, seq.sq - i0);
-            }
             wgmma_fence();
             if constexpr (Tile::KV_REGISTERS) product(s, k_left, q_tile);
             else product(s, own_k, q_tile);
@@ -423,29 +408,165 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm
             if (group != owner) barrier_arrive(READY + owner, CONSUMERS);
             wgmma_wait<1>();
             wgmma_result(dv);
-            if (threadIdx.x % 128 == 0) mbarrier_arrive(shared + Shared::DO_FREE + 8 * stage);
+            free_stage(Shared::DO_FREE, stage);
             if (group == owner) {
                 float dq[D / 2] = {};
                 barrier_sync(READY + owner, CONSUMERS);
                 wgmma_fence();
-                query_product(dq, ds_tile);
+                query_product<D>(dq, ds_tile, 0);
                 wgmma_wait<1>();
                 wgmma_result(dk);
-                if (threadIdx.x % 128 == 0) mbarrier_arrive(shared + Shared::Q_FREE + 8 * stage);
+                free_stage(Shared::Q_FREE, stage);
                 wgmma_wait<0>();
                 wgmma_result(dq);
                 if (at.step + GROUPS < total) barrier_arrive(FREE + owner, CONSUMERS);
-                add_dq(dq, at, shared + Shared::DQ + group * Shared::DQ_BYTES + (threadIdx.x >> 5 & 3) * 64 * D);
+                add_dq<D>(dq, at, 0, shared + Shared::DQ + group * Shared::DQ_BYTES + (threadIdx.x >> 5 & 3) * 64 * D);
             } else {
                 wgmma_wait<0>();
                 wgmma_result(dk);
-                if (threadIdx.x % 128 == 0) mbarrier_arrive(shared + Shared::Q_FREE + 8 * stage);
+                free_stage(Shared::Q_FREE, stage);
             }
         }
         barrier_sync(GROUP + group, 128);       /* all its warps are done with the rows of V that carry the results out */
         store(dv, shared + Shared::V, row16, VARIANT == FA_DROPOUT ? a.kept : 1.0f, a.p.dv, (int)a.p.d_v, a.aligned_dv);
         store(dk, shared + Shared::V, row16, a.scale, a.p.dk, (int)a.p.d, a.aligned_dk);
-        if (BULK_DQ) bulk_wait_read<0>();
+        if (Tile::BULK_DQ) bulk_wait_read<0>();
+    }
+
+    /* ---- two roles: values' warpgroup makes P, dV and dQ's first channels, keys' dS, dK and the rest of dQ ---- */
+
+    enum : int { DQ_VALUES = D <= 192 ? 64 : 128, DQ_KEYS = D - DQ_VALUES };
+
+    __device__ __forceinline__ void free_stage(int barrier, int stage)
+    {
+        if (threadIdx.x % 128 == 0) mbarrier_arrive(shared + barrier + 8 * stage);
+    }
+
+    /* Zeroes what lies behind the sequences in the tiles that are here. */
+    __device__ __forceinline__ void zero_keys()
+    {
+        mbarrier_wait(shared + Shared::K_FULL, 0);
+        mbarrier_wait(shared + Shared::V_FULL, 0);
+        if ((a.p.cu_k || a.p.seqused_k) && j0 + BLOCK_N > seq.sk) {
+            zero_rows<BLOCK_N>(shared + Shared::K, seq.sk - j0);
+            zero_rows<BLOCK_N>(shared + Shared::V, seq.sk - j0);
+        }
+    }
+    __device__ __forceinline__ void zero_queries(int i0, int stage, int parity)
+    {
+        if (!a.p.cu_q || i0 + BLOCK_M <= seq.sq) return;
+        mbarrier_wait(shared + Shared::Q_FULL + 8 * stage, parity);
+        mbarrier_wait(shared + Shared::DO_FULL + 8 * stage, parity);
+        zero_rows<BLOCK_M>(shared + Shared::Q + stage * Shared::Q_BYTES, seq.sq - i0);
+        zero_rows<BLOCK_M>(shared + Shared::DO + stage * Shared::Q_BYTES, seq.sq - i0);
+    }
+
+    __device__ __forceinline__ void consume_values()
+    {
+        const int row16 = (threadIdx.x >> 5 & 3) * 16, key = j0 + row16 + (threadIdx.x >> 2 & 7), total = steps();
+        const uint32_t exchange = shared + Shared::P + threadIdx.x % 128 * 16;
+        float dv[D / 2] = {};
+        if (total > 0) zero_keys();
+        #pragma unroll 1
+        for (position at = start(); at.step < total; advance_to_next(at)) {
+            const int stage = at.step % STAGES, parity = at.step / STAGES % 2, i0 = at.m * BLOCK_M;
+            const uint32_t q_tile = shared + Shared::Q + stage * Shared::Q_BYTES, do_tile = shared + Shared::DO + stage * Shared::Q_BYTES;
+            const bool masked = first_key(a, seq, min(i0 + BLOCK_M, seq.sq) - 1) > j0 || last_key(a, seq, i0) < j0 + BLOCK_N;
+            uint32_t left[QT][4];
+            float dq[DQ_VALUES / 2] = {};
+            zero_queries(i0, stage, parity);
+            {
+                float s[BLOCK_M / 2] = {};
+                mbarrier_wait(shared + Shared::Q_FULL + 8 * stage, parity);
+                wgmma_fence();
+                product(s, shared + Shared::K, q_tile);
+                wgmma_wait<0>();
+                wgmma_result(s);
+                probabilities(s, left, at, key, masked, shared + Shared::LSE2 + stage * BLOCK_M * 4);
+                free_stage(Shared::Q_FREE, stage);
+                if (at.step > 0) barrier_sync(P_FREE, CONSUMERS);
+                #pragma unroll
+                for (int q = 0; q < QT; q++) {
+                    uint32_t p[4];
+                    #pragma unroll
+                    for (int x = 0; x < 4; x++)
+                        p[x] = VARIANT == FA_PLAIN ? left[q][x]
+                                                   : pack<T>(s[8 * q + x / 2 * 4 + x % 2 * 2], s[8 * q + x / 2 * 4 + x % 2 * 2 + 1]);
+                    store_shared_16(exchange + q * 2048, make_uint4(p[0], p[1], p[2], p[3]));
+                }
+                barrier_arrive(P_READY, CONSUMERS);
+            }
+            mbarrier_wait(shared + Shared::DO_FULL + 8 * stage, parity);
+            wgmma_fence();
+            accumulate(dv, left, do_tile);
+            barrier_sync(READY + at.step % 2, CONSUMERS);
+            wgmma_fence();
+            query_product<DQ_VALUES>(dq, shared + Shared::DS + at.step % 2 * Shared::DS_BYTES, 0);
+            wgmma_wait<1>();
+            wgmma_result(dv);
+            free_stage(Shared::DO_FREE, stage);
+            wgmma_wait<0>();
+            wgmma_result(dq);
+            if (at.step + 2 < total) barrier_arrive(FREE + at.step % 2, CONSUMERS);
+            add_dq<DQ_VALUES>(dq, at, 0, 0);
+        }
+        barrier_sync(ALL, CONSUMERS);           /* nobody reads V any more */
+        store(dv, shared + Shared::V, row16, VARIANT == FA_DROPOUT ? a.kept : 1.0f, a.p.dv, (int)a.p.d_v, a.aligned_dv);
+    }
+
+    __device__ __forceinline__ void consume_keys()
+    {
+        const int row16 = (threadIdx.x >> 5 & 3) * 16, total = steps();
+        const uint32_t exchange = shared + Shared::P + threadIdx.x % 128 * 16;
+        float dk[D / 2] = {};
+        if (total > 0) zero_keys();
+        #pragma unroll 1
+        for (position at = start(); at.step < total; advance_to_next(at)) {
+            const int stage = at.step % STAGES, parity = at.step / STAGES % 2, i0 = at.m * BLOCK_M;
+            const uint32_t q_tile = shared + Shared::Q + stage * Shared::Q_BYTES, do_tile = shared + Shared::DO + stage * Shared::Q_BYTES;
+            const uint32_t ds_tile = shared + Shared::DS + at.step % 2 * Shared::DS_BYTES;
+            uint32_t left[QT][4];
+            float dq[DQ_KEYS / 2] = {};
+            zero_queries(i0, stage, parity);
+            {
+                float dp[BLOCK_M / 2] = {}, s[BLOCK_M / 2];
+                mbarrier_wait(shared + Shared::DO_FULL + 8 * stage, parity);
+                wgmma_fence();
+                product(dp, shared + Shared::V, do_tile);
+                barrier_sync(P_READY, CONSUMERS);
+                #pragma unroll
+                for (int q = 0; q < QT; q++) {
+                    const uint4 p = load_shared_16(exchange + q * 2048);
+                    const uint32_t words[4] = { p.x, p.y, p.z, p.w };
+                    #pragma unroll
+                    for (int x = 0; x < 8; x++)
+                        s[8 * q + x / 4 * 4 + x / 2 % 2 * 2 + x % 2] = unpack<T>(x % 2 ? words[x / 2] >> 16 : words[x / 2] & 0xffff);
+                }
+                if (at.step + 1 < total) barrier_arrive(P_FREE, CONSUMERS);
+                wgmma_wait<0>();
+                wgmma_result(dp);
+                score_gradients(left, dp, s, shared + Shared::DELTA + stage * BLOCK_M * 4);
+                free_stage(Shared::DO_FREE, stage);
+            }
+            if (at.step >= 2) barrier_sync(FREE + at.step % 2, CONSUMERS);
+            store_ds(ds_tile, left, row16);
+            fence_proxy_async();
+            mbarrier_wait(shared + Shared::Q_FULL + 8 * stage, parity);
+            wgmma_fence();
+            accumulate(dk, left, q_tile);
+            barrier_arrive(READY + at.step % 2, CONSUMERS);
+            barrier_sync(GROUP, 128);
+            wgmma_fence();
+            query_product<DQ_KEYS>(dq, ds_tile, DQ_VALUES);
+            wgmma_wait<1>();
+            wgmma_result(dk);
+            free_stage(Shared::Q_FREE, stage);
+            wgmma_wait<0>();
+            wgmma_result(dq);
+            add_dq<DQ_KEYS>(dq, at, DQ_VALUES, 0);
+        }
+        barrier_sync(ALL, CONSUMERS);
+        store(dk, shared + Shared::K, row16, a.scale, a.p.dk, (int)a.p.d, a.aligned_dk);
     }
 };
 
@@ -469,7 +590,9 @@ __global__ void __launch_bounds__(128 * (Tile::GROUPS + 1), 1) sm90_backward_ker
         if (threadIdx.x < 32 && elect_one()) block.produce();
     } else {
         more_registers<Tile::REGISTERS>();
-        block.consume();
+        if constexpr (Tile::ROLES == 1) block.consume();
+        else if (threadIdx.x < 256) block.consume_values();
+        else block.consume_keys();
     }
 }
 

@@ -2,19 +2,25 @@
 #ifndef FA_SM90_BACKWARD_CONFIG_H
 #define FA_SM90_BACKWARD_CONFIG_H
 
-/* BLOCK_M queries at a time; GROUPS consumer warpgroups of 64 keys each, whose K and V stay in registers with KV_REGISTERS;
- * registers a thread of theirs and of the producer's. */
-template <int M, int G, bool KV> struct sm90_backward_row {
-    enum : int { BLOCK_M = M, GROUPS = G, KV_REGISTERS = KV, REGISTERS = G == 2 ? 240 : 160, PRODUCER_REGISTERS = G == 2 ? 24 : 32 };
+/* BLOCK_M queries at a time; GROUPS consumer warpgroups of 64 keys each, or, with two ROLES, both of the same 64 keys. K and V
+ * stay in registers with KV_REGISTERS. BULK_DQ: dq leaves through shared memory. Registers a thread of the consumers' and the producer's. */
+template <int M, int G, int R, bool KV, bool BULK> struct sm90_backward_row {
+    enum : int { BLOCK_M = M, GROUPS = G, ROLES = R, BLOCK_N = 64 * G / R, KV_REGISTERS = KV, BULK_DQ = BULK, REGISTERS = G == 2 ? 240 : 160, PRODUCER_REGISTERS = G == 2 ? 24 : 32 };
 };
 
 template <int D> struct sm90_backward_tile;
-/*                                                       BLOCK_M  GROUPS  KV_REGISTERS */
 #ifndef R64G
 #define R64G 2
 #define R64K true
 #endif
-template <> struct sm90_backward_tile< 64> : sm90_backward_row<64, R64G, R64K> {};
-template <> struct sm90_backward_tile<128> : sm90_backward_row<64, 2, false> {};
+#ifndef BULKQ
+#define BULKQ true
+#endif
+/*                                                        BLOCK_M  GROUPS  ROLES  KV_REGISTERS  BULK_DQ */
+template <> struct sm90_backward_tile< 64> : sm90_backward_row<64, R64G, 1, R64K, BULKQ> {};
+template <> struct sm90_backward_tile< 96> : sm90_backward_row<64, 2, 1, false, BULKQ> {};
+template <> struct sm90_backward_tile<128> : sm90_backward_row<64, 2, 1, false, BULKQ> {};
+template <> struct sm90_backward_tile<192> : sm90_backward_row<64, 2, 2, false, false> {};
+template <> struct sm90_backward_tile<256> : sm90_backward_row<64, 2, 2, false, false> {};
 
 #endif
