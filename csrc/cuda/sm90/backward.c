@@ -7,7 +7,7 @@
 
 enum { CAPABILITY = 90, CHANNELS_PER_CHUNK = 8, SECTION_BYTES = 32 << 20 };
 
-typedef const struct fa_cuda_kernel *find_kernel(enum fa_dtype dtype, enum fa_variant variant);
+typedef const struct fa_cuda_kernel *find_kernel(enum fa_dtype dtype, bool score_mod, bool dropout);
 
 find_kernel fa_sm90_backward_64, fa_sm90_backward_96, fa_sm90_backward_128, fa_sm90_backward_192, fa_sm90_backward_256;
 
@@ -51,9 +51,6 @@ bool fa_sm90_backward_supports(const struct fa_params *p, struct fa_error *why)
     else if (!bucket)
         status = fa_fail(why, FA_UNSUPPORTED, "serves head dimensions up to %d backward, got %lld for q and k, %lld for v",
                          buckets[BUCKETS - 1].channels, (long long)p->d, (long long)p->d_v);
-    else if (!bucket->find(p->dtype, fa_cuda_variant(p))->function)
-        status = fa_fail(why, FA_UNSUPPORTED, "has no backward kernel for head dimension %lld with these options",
-                         (long long)(p->d > p->d_v ? p->d : p->d_v));
     else if (p->d % CHANNELS_PER_CHUNK || p->d_v % CHANNELS_PER_CHUNK)
         status = fa_fail(why, FA_UNSUPPORTED, "serves head dimensions that 8 divides, got %lld for q and k, %lld for v",
                          (long long)p->d, (long long)p->d_v);
@@ -83,7 +80,7 @@ static void make_plan(const struct fa_params *p, struct plan *plan)
     struct fa_cuda_args *a = &plan->args.a;
     *a = fa_cuda_arguments(p);
     a->d_bucket = bucket->channels;
-    plan->kernel = bucket->find(p->dtype, fa_cuda_variant(p));
+    plan->kernel = bucket->find(p->dtype, a->score_mod, a->keep256 < 256);
     a->m_tiles = (int)((p->sq + plan->kernel->block_m - 1) / plan->kernel->block_m);
     a->n_tiles = (int)((p->sk + plan->kernel->block_n - 1) / plan->kernel->block_n);
     plan->bytes = fa_cuda_plan_backward(a);
@@ -115,6 +112,8 @@ enum fa_status fa_sm90_backward(const struct fa_params *p, struct fa_error *erro
     if (status) return status;
     make_plan(p, &plan);
     if (p->debug) status = fa_cuda_check_values(p, error);
+    /* A thread new to CUDA, as autograd's, has no context before this, and the driver's encoder wants one. */
+    if (!status) status = fa_cuda_status(cudaSetDevice((int)p->device_index), "cudaSetDevice", error);
     if (!status) status = encode(&plan.args.q, p, &p->q, false, p->d, plan.kernel->block_m, error);
     if (!status) status = encode(&plan.args.k, p, &p->k, true, p->d, plan.kernel->block_n, error);
     if (!status) status = encode(&plan.args.v, p, &p->v, true, p->d_v, plan.kernel->block_n, error);

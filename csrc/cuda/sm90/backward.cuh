@@ -10,31 +10,36 @@
 #include "backward_args.h"
 #include "backward_config.h"
 #include "ptx.cuh"
+#ifndef HINT
+#define HINT EVICT_LAST
+#endif
 
 /* A 1024-byte aligned place and what lies there. */
 template <int D, class Tile> struct sm90_backward_shared {
     enum : int {
         BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, STAGES = 2, PANELS = (D + 63) / 64,
         K_BYTES = BLOCK_N * PANELS * 128, Q_BYTES = BLOCK_M * PANELS * 128, DS_BYTES = BLOCK_N * BLOCK_M * 2,
-        DQ_BYTES = Tile::BULK_DQ ? BLOCK_M * D * 4 : 0, P_BYTES = Tile::ROLES == 2 ? BLOCK_N * BLOCK_M * 2 : 0,
+        DQ_BYTES = Tile::BULK_DQ ? 64 * D * 4 : 0, P_BYTES = Tile::ROLES == 2 ? BLOCK_N * BLOCK_M * 2 : 0,
         K = 0, V = K + K_BYTES, Q = V + K_BYTES, DO = Q + STAGES * Q_BYTES, DS = DO + STAGES * Q_BYTES,
-        DQ = DS + Tile::GROUPS * DS_BYTES, P = DQ + Tile::GROUPS * DQ_BYTES, LSE2 = P + P_BYTES, DELTA = LSE2 + STAGES * BLOCK_M * 4,
+        DQ = DS + 2 * DS_BYTES, P = DQ + Tile::GROUPS * DQ_BYTES, LSE2 = P + 2 * P_BYTES, DELTA = LSE2 + STAGES * BLOCK_M * 4,
         BARRIERS = DELTA + STAGES * BLOCK_M * 4,
         K_FULL = BARRIERS, V_FULL = K_FULL + 8, Q_FULL = V_FULL + 8, DO_FULL = Q_FULL + 8 * STAGES,
-        Q_FREE = DO_FULL + 8 * STAGES, DO_FREE = Q_FREE + 8 * STAGES, END = DO_FREE + 8 * STAGES,
+        Q_FREE = DO_FULL + 8 * STAGES, DO_FREE = Q_FREE + 8 * STAGES, DS_FULL = DO_FREE + 8 * STAGES, DS_FREE = DS_FULL + 16, END = DS_FREE + 16,
         BYTES = END + 1024,             /* the dynamic base is aligned to less */
     };
     static_assert(BYTES <= 232448, "a block's limit");
 };
 
-template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm90_backward {
+template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm90_backward {
     using Shared = sm90_backward_shared<D, Tile>;
     enum : int {
         GROUPS = Tile::GROUPS, THREADS = 128 * (GROUPS + 1), CONSUMERS = 128 * GROUPS,
         ROLES = Tile::ROLES, BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, STAGES = Shared::STAGES, PANELS = Shared::PANELS,
         NT = BLOCK_M / 8, QT = BLOCK_M / 16, DT = D / 8, KV_STEPS = Tile::KV_REGISTERS ? D / 16 : 1,
+        ALTERNATE = BLOCK_M == 64,      /* the warpgroups take turns at dQ, else each has 64 of its rows */
+        DK_BEHIND = BLOCK_M == 64 && (D < 128 || !(MODS || DROPOUT)),      /* dK runs into the next step: where registers last */
         /* named barriers */
-        READY = 1, FREE = READY + GROUPS, ALL = FREE + GROUPS, GROUP = ALL + 1, P_READY = GROUP + GROUPS, P_FREE,
+        READY = 1, FREE = READY + GROUPS, ALL = FREE + GROUPS, GROUP = ALL + 1, P_READY = GROUP + GROUPS, P_FREE = P_READY + 2,
     };
 
     const fa_sm90_backward_args &args;
@@ -81,6 +86,10 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm
             mbarrier_init(shared + Shared::Q_FREE + 8 * s, GROUPS);
             mbarrier_init(shared + Shared::DO_FREE + 8 * s, GROUPS);
         }
+        for (int s = 0; s < 2; s++) {
+            mbarrier_init(shared + Shared::DS_FULL + 8 * s, 4 * GROUPS);
+            mbarrier_init(shared + Shared::DS_FREE + 8 * s, ALTERNATE ? 4 : 4 * GROUPS);
+        }
         mbarrier_init_fence();
     }
 
@@ -99,7 +108,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm
         mbarrier_arrive_expect(barrier, Shared::Q_BYTES + BLOCK_M * 4);
         #pragma unroll
         for (int p = 0; p < PANELS; p++)
-            tma_load(tile + p * BLOCK_M * 128, map, 64 * p, seq.q0 + at.m * BLOCK_M, at.head, a.p.cu_q ? 0 : b, barrier, EVICT_LAST);
+            tma_load(tile + p * BLOCK_M * 128, map, 64 * p, seq.q0 + at.m * BLOCK_M, at.head, a.p.cu_q ? 0 : b, barrier, HINT);
         bulk_load(rows_at, rows + padded_row(a, seq, b, at.head) + at.m * BLOCK_M, BLOCK_M * 4, barrier);
     }
 
@@ -121,13 +130,21 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm
 
     /* ---- consumers ---- */
 
+    /* One arrival a warp, for what all its lanes did before. */
+    __device__ __forceinline__ void warp_arrive(int barrier) const
+    {
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared + barrier);
+    }
+
     /* Rows of a tile from `rows` on become 0: TMA brought what lies behind the sequence. All consumers together. */
     template <int ROWS> __device__ __forceinline__ void zero_rows(uint32_t tile, int rows)
     {
-        for (int at = threadIdx.x - 128; at < (ROWS - rows) * 8 * PANELS; at += CONSUMERS) {
-            const int row = rows + at / 8 % (ROWS - rows), panel = at / 8 / (ROWS - rows);
-            store_shared_16(tile + panel * ROWS * 128 + row * 128 + at % 8 * 16, make_uint4(0, 0, 0, 0));
-        }
+        #pragma unroll 1
+        for (int p = 0; p < PANELS; p++)
+            #pragma unroll 1
+            for (int at = rows * 128 + (threadIdx.x - 128) * 16; at < ROWS * 128; at += CONSUMERS * 16)
+                store_shared_16(tile + p * ROWS * 128 + at, make_uint4(0, 0, 0, 0));
         fence_proxy_async();
         barrier_sync(ALL, CONSUMERS);
     }
@@ -180,42 +197,42 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm
         wgmma_commit();
     }
 
-    /* What dropout drops of two 16x16 pieces along the queries: score.cuh's flags. */
-    __device__ __forceinline__ void dropout_flags(uint32_t (&flags)[2][2], const position &at, int key, int piece)
+    /* What dropout drops of the 16x16 pieces along the queries: score.cuh's flags. */
+    __device__ __forceinline__ void dropout_flags(uint32_t (&flags)[QT][2], const position &at, int key)
     {
-        const uint32_t piece_j = (uint32_t)key / 16, first = at.m * BLOCK_M / 16 + piece;
-        const uint32_t pieces_i[2] = { first, first + 1 }, pieces_j[2] = { piece_j, piece_j };
-        uint32_t bytes[2][2];
-        dropout_bytes(bytes, a.p.rng[0], a.p.rng[1], b * (int)a.p.h + at.head, pieces_i, pieces_j, threadIdx.x & 31, true);
         #pragma unroll
-        for (int x = 0; x < 4; x++) flags[x / 2][x % 2] = dropped_flags(bytes[x / 2][x % 2], a.keep256);
+        for (int q = 0; q < QT; q += 2) {
+            const uint32_t piece_j = (uint32_t)key / 16, first = at.m * BLOCK_M / 16 + q;
+            const uint32_t pieces_i[2] = { first, first + 1 }, pieces_j[2] = { piece_j, piece_j };
+            uint32_t bytes[2][2];
+            dropout_bytes(bytes, a.p.rng[0], a.p.rng[1], b * (int)a.p.h + at.head, pieces_i, pieces_j, threadIdx.x & 31, true);
+            #pragma unroll
+            for (int x = 0; x < 4; x++) flags[q + x / 2][x % 2] = dropped_flags(bytes[x / 2][x % 2], a.keep256);
+        }
     }
 
     /* S^T becomes P^T: packed for dV in `left`, and times the score's derivative in s for dS, negative where dropped. */
-    __device__ __forceinline__ void probabilities(float (&s)[BLOCK_M / 2], uint32_t (&left)[QT][4], const position &at, int key,
-                                                  bool masked, uint32_t lse2)
+    __device__ __forceinline__ void probabilities(float (&s)[BLOCK_M / 2], uint32_t (&left)[QT][4], const uint32_t (&flags)[QT][2],
+                                                  const position &at, int key, bool masked, uint32_t lse2)
     {
-        const bool mods = has_score_mod<VARIANT>(a);
-        const float slope = mods ? alibi_slope(a, b, at.head) : 0.0f;
+        const float slope = MODS ? alibi_slope(a, b, at.head) : 0.0f;
         const int lane = threadIdx.x & 31, i0 = at.m * BLOCK_M + (lane & 3) * 2;
-        if (masked) {
+        int first[2], last[2];                  /* queries that see the keys `key` and key + 8 */
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int j = key + 8 * half;
+            first[half] = first_query(a, seq, j);
+            last[half] = j < seq.sk ? last_query(a, seq, j) : 0;
+        }
+        if (!MODS && masked) {
             #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int j = key + 8 * half, last = j < seq.sk ? last_query(a, seq, j) : 0, first = first_query(a, seq, j);
-                if (mods) continue;
-                #pragma unroll
-                for (int n = 0; n < NT; n++)
-                    #pragma unroll
-                    for (int c = 0; c < 2; c++) {
-                        const int i = i0 + 8 * n + c;
-                        if (i < first || i >= last) s[4 * n + 2 * half + c] = -INFINITY;
-                    }
+            for (int e = 0; e < BLOCK_M / 2; e++) {
+                const int i = i0 + e / 4 * 8 + e % 2;
+                if (i < first[e / 2 % 2] || i >= last[e / 2 % 2]) s[e] = -INFINITY;
             }
         }
-        uint32_t flags[2][2];
         #pragma unroll
         for (int n = 0; n < NT; n++) {
-            if (VARIANT == FA_DROPOUT && n % 4 == 0) dropout_flags(flags, at, key, n / 2);
             const float2 shift = load_shared_8(lse2 + (8 * n + (lane & 3) * 2) * 4);
             #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -224,20 +241,20 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm
                 for (int c = 0; c < 2; c++) {
                     float &x = s[4 * n + 2 * half + c], derivative = 1.0f;
                     const int i = i0 + 8 * n + c, j = key + 8 * half;
-                    if (mods) x = modify_score(a, x, slope, i + seq.sk - seq.sq - j, derivative);
+                    if (MODS) x = modify_score(a, x, slope, i + seq.sk - seq.sq - j, derivative);
                     x = exp2_approx(fmaf(x, a.exponent_scale, -(c ? shift.y : shift.x)));
-                    if (mods && masked && (j < first_key(a, seq, i) || j >= last_key(a, seq, i))) x = 0.0f;
+                    if (MODS && masked && (i < first[half] || i >= last[half])) x = 0.0f;
                     p[c] = x;
-                    if (mods) x *= derivative;
+                    if (MODS) x *= derivative;
                 }
                 uint32_t &packed = left[n / 2][n % 2 * 2 + half];
                 packed = pack<T>(p[0], p[1]);
-                if (VARIANT == FA_DROPOUT) {
-                    packed &= ~dropped_pair(flags[n / 2 % 2], 2 * (n % 2) + half);
+                if (DROPOUT) {
+                    packed &= ~dropped_pair(flags[n / 2], 2 * (n % 2) + half);
                     #pragma unroll
                     for (int c = 0; c < 2; c++) {
                         float &x = s[4 * n + 2 * half + c];
-                        x = __uint_as_float(__float_as_uint(x) | (dropped_one(flags[n / 2 % 2][c], 2 * (n % 2) + half) & 0x80000000u));
+                        x = __uint_as_float(__float_as_uint(x) | (dropped_one(flags[n / 2][c], 2 * (n % 2) + half) & 0x80000000u));
                     }
                 }
             }
@@ -258,8 +275,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm
                 for (int c = 0; c < 2; c++) {
                     const float p = s[4 * n + 2 * half + c];
                     float x = dp[4 * n + 2 * half + c];
-                    if (VARIANT == FA_DROPOUT) x = (int)__float_as_uint(p) < 0 ? 0.0f : x * a.kept;
-                    ds[c] = (VARIANT == FA_DROPOUT ? fabsf(p) : p) * (x - (c ? shift.y : shift.x));
+                    if (DROPOUT) x = (int)__float_as_uint(p) < 0 ? 0.0f : x * a.kept;
+                    ds[c] = (DROPOUT ? fabsf(p) : p) * (x - (c ? shift.y : shift.x));
                 }
                 left[n / 2][n % 2 * 2 + half] = pack<T>(ds[0], ds[1]);
             }
@@ -295,9 +312,9 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm
     }
 
     /* This warp's 16 queries of dQ into dq_accum: by one bulk sum of 64 D bytes, or a red.v4 a block. */
-    template <int N> __device__ __forceinline__ void add_dq(const float (&dq)[N / 2], const position &at, int channel, uint32_t buffer)
+    template <int N> __device__ __forceinline__ void add_dq(const float (&dq)[N / 2], const position &at, int row0, int channel, uint32_t buffer)
     {
-        const int lane = threadIdx.x & 31, i = at.m * BLOCK_M + (threadIdx.x >> 5 & 3) * 16;
+        const int lane = threadIdx.x & 31, i = at.m * BLOCK_M + row0 + (threadIdx.x >> 5 & 3) * 16;
         const int64_t row = padded_row(a, seq, b, at.head) + i;
         float *sums = a.dq_accum + dq_block<D>(row, channel / 8);
         if (Tile::BULK_DQ) {
@@ -358,6 +375,21 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm
         __syncwarp();
     }
 
+    /* Left operands that a product has been reading until now. */
+    __device__ __forceinline__ static void keep(uint32_t (&x)[QT][4])
+    {
+        #pragma unroll
+        for (int i = 0; i < 4 * QT; i++) asm volatile("" : "+r"(x[i / 4][i % 4]) :: "memory");
+    }
+
+    /* Whether a warpgroup makes (its share of) a step's dQ, which 64 of its rows, and their dS. */
+    __device__ __forceinline__ static bool makes_dq(int group, int step) { return !ALTERNATE || group == step % GROUPS; }
+    __device__ __forceinline__ static int dq_row(int group) { return ALTERNATE ? 0 : 64 * group; }
+    __device__ __forceinline__ uint32_t ds_rows(int group, int step) const
+    {
+        return shared + Shared::DS + step % 2 * Shared::DS_BYTES + dq_row(group) / 64 * BLOCK_N * 128;
+    }
+
     __device__ __forceinline__ void consume()
     {
         const int group = __shfl_sync(0xffffffff, threadIdx.x / 128 - 1, 0), row16 = group * 64 + (threadIdx.x >> 5 & 3) * 16;
@@ -373,15 +405,15 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm
             read_keys(k_left, shared + Shared::K, row16);
             read_keys(v_left, shared + Shared::V, row16);
         }
+        position before = start();
+        uint32_t ds_left[QT][4] = {};
         #pragma unroll 1
         for (position at = start(); at.step < total; advance_to_next(at)) {
-            const int stage = at.step % STAGES, parity = at.step / STAGES % 2, owner = at.step % GROUPS, i0 = at.m * BLOCK_M;
+            const int stage = at.step % STAGES, parity = at.step / STAGES % 2, i0 = at.m * BLOCK_M;
             const uint32_t q_tile = shared + Shared::Q + stage * Shared::Q_BYTES, do_tile = shared + Shared::DO + stage * Shared::Q_BYTES;
-            const uint32_t lse2 = shared + Shared::LSE2 + stage * BLOCK_M * 4, delta = shared + Shared::DELTA + stage * BLOCK_M * 4;
-            const uint32_t ds_tile = shared + Shared::DS + owner * Shared::DS_BYTES;
             const bool masked = first_key(a, seq, min(i0 + BLOCK_M, seq.sq) - 1) > j0 || last_key(a, seq, i0) < j0 + BLOCK_N;
             float s[BLOCK_M / 2] = {}, dp[BLOCK_M / 2] = {};
-            uint32_t p_left[QT][4], ds_left[QT][4];
+            uint32_t p_left[QT][4], flags[QT][2];
 
             zero_queries(i0, stage, parity);
             mbarrier_wait(shared + Shared::Q_FULL + 8 * stage, parity);
@@ -392,43 +424,68 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm
             wgmma_fence();
             if constexpr (Tile::KV_REGISTERS) product(dp, v_left, do_tile);
             else product(dp, own_v, do_tile);
+            if (DROPOUT) dropout_flags(flags, at, key);
+            if (DK_BEHIND) {                                /* the last step's dK */
+                wgmma_wait<2>();
+                wgmma_result(dk);
+                keep(ds_left);
+                if (at.step > 0) free_stage(Shared::Q_FREE, (at.step - 1) % STAGES);
+            }
             wgmma_wait<1>();
             wgmma_result(s);
-            probabilities(s, p_left, at, key, masked, lse2);
+            probabilities(s, p_left, flags, at, key, masked, shared + Shared::LSE2 + stage * BLOCK_M * 4);
             wgmma_fence();
             accumulate(dv, p_left, do_tile);
             wgmma_wait<1>();
             wgmma_result(dp);
-            score_gradients(ds_left, dp, s, delta);
-            if (group != owner && at.step >= GROUPS) barrier_sync(FREE + owner, CONSUMERS);
-            store_ds(ds_tile, ds_left, row16);
+            score_gradients(ds_left, dp, s, shared + Shared::DELTA + stage * BLOCK_M * 4);
+            mbarrier_wait(shared + Shared::DS_FREE + 8 * (at.step % 2), at.step / 2 % 2 ^ 1);
+            store_ds(shared + Shared::DS + at.step % 2 * Shared::DS_BYTES, ds_left, row16);
             fence_proxy_async();
-            wgmma_fence();
-            accumulate(dk, ds_left, q_tile);
-            if (group != owner) barrier_arrive(READY + owner, CONSUMERS);
-            wgmma_wait<1>();
-            wgmma_result(dv);
-            free_stage(Shared::DO_FREE, stage);
-            if (group == owner) {
+            warp_arrive(Shared::DS_FULL + 8 * (at.step % 2));
+            if (at.step > 0 && makes_dq(group, before.step)) {
                 float dq[D / 2] = {};
-                barrier_sync(READY + owner, CONSUMERS);
+                wgmma_wait<0>();
+                wgmma_result(dv);
+                keep(p_left);
+                free_stage(Shared::DO_FREE, stage);
+                mbarrier_wait(shared + Shared::DS_FULL + 8 * (before.step % 2), before.step / 2 % 2);
                 wgmma_fence();
-                query_product<D>(dq, ds_tile, 0);
+                query_product<D>(dq, ds_rows(group, before.step), 0);
+                accumulate(dk, ds_left, q_tile);
                 wgmma_wait<1>();
-                wgmma_result(dk);
-                free_stage(Shared::Q_FREE, stage);
-                wgmma_wait<0>();
                 wgmma_result(dq);
-                if (at.step + GROUPS < total) barrier_arrive(FREE + owner, CONSUMERS);
-                add_dq<D>(dq, at, 0, shared + Shared::DQ + group * Shared::DQ_BYTES + (threadIdx.x >> 5 & 3) * 64 * D);
+                warp_arrive(Shared::DS_FREE + 8 * (before.step % 2));
+                add_dq<D>(dq, before, dq_row(group), 0, shared + Shared::DQ + group * Shared::DQ_BYTES + (threadIdx.x >> 5 & 3) * 64 * D);
             } else {
+                wgmma_fence();
+                accumulate(dk, ds_left, q_tile);
+                wgmma_wait<1>();
+                wgmma_result(dv);
+                free_stage(Shared::DO_FREE, stage);
+            }
+            if (!DK_BEHIND) {
                 wgmma_wait<0>();
                 wgmma_result(dk);
+                keep(ds_left);
                 free_stage(Shared::Q_FREE, stage);
             }
+            before = at;
+        }
+        wgmma_wait<0>();
+        wgmma_result(dk);
+        keep(ds_left);
+        if (total > 0 && makes_dq(group, before.step)) {
+            float dq[D / 2] = {};
+            mbarrier_wait(shared + Shared::DS_FULL + 8 * (before.step % 2), before.step / 2 % 2);
+            wgmma_fence();
+            query_product<D>(dq, ds_rows(group, before.step), 0);
+            wgmma_wait<0>();
+            wgmma_result(dq);
+            add_dq<D>(dq, before, dq_row(group), 0, shared + Shared::DQ + group * Shared::DQ_BYTES + (threadIdx.x >> 5 & 3) * 64 * D);
         }
         barrier_sync(GROUP + group, 128);       /* all its warps are done with the rows of V that carry the results out */
-        store(dv, shared + Shared::V, row16, VARIANT == FA_DROPOUT ? a.kept : 1.0f, a.p.dv, (int)a.p.d_v, a.aligned_dv);
+        store(dv, shared + Shared::V, row16, DROPOUT ? a.kept : 1.0f, a.p.dv, (int)a.p.d_v, a.aligned_dv);
         store(dk, shared + Shared::V, row16, a.scale, a.p.dk, (int)a.p.d, a.aligned_dk);
         if (Tile::BULK_DQ) bulk_wait_read<0>();
     }
@@ -461,57 +518,73 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm
         zero_rows<BLOCK_M>(shared + Shared::DO + stage * Shared::Q_BYTES, seq.sq - i0);
     }
 
+    /* dQ's first channels of a step whose dS may have been waiting for a while. */
+    __device__ __forceinline__ void values_dq(float (&dq)[DQ_VALUES / 2], const position &at, int total)
+    {
+        barrier_sync(READY + at.step % 2, CONSUMERS);
+        wgmma_fence();
+        query_product<DQ_VALUES>(dq, shared + Shared::DS + at.step % 2 * Shared::DS_BYTES, 0);
+        wgmma_wait<0>();
+        wgmma_result(dq);
+        if (at.step + 2 < total) barrier_arrive(FREE + at.step % 2, CONSUMERS);
+        add_dq<DQ_VALUES>(dq, at, 0, 0, 0);
+    }
+
     __device__ __forceinline__ void consume_values()
     {
         const int row16 = (threadIdx.x >> 5 & 3) * 16, key = j0 + row16 + (threadIdx.x >> 2 & 7), total = steps();
         const uint32_t exchange = shared + Shared::P + threadIdx.x % 128 * 16;
         float dv[D / 2] = {};
+        position before = start();
         if (total > 0) zero_keys();
         #pragma unroll 1
         for (position at = start(); at.step < total; advance_to_next(at)) {
             const int stage = at.step % STAGES, parity = at.step / STAGES % 2, i0 = at.m * BLOCK_M;
             const uint32_t q_tile = shared + Shared::Q + stage * Shared::Q_BYTES, do_tile = shared + Shared::DO + stage * Shared::Q_BYTES;
             const bool masked = first_key(a, seq, min(i0 + BLOCK_M, seq.sq) - 1) > j0 || last_key(a, seq, i0) < j0 + BLOCK_N;
-            uint32_t left[QT][4];
-            float dq[DQ_VALUES / 2] = {};
+            uint32_t left[QT][4], flags[QT][2];
             zero_queries(i0, stage, parity);
             {
                 float s[BLOCK_M / 2] = {};
                 mbarrier_wait(shared + Shared::Q_FULL + 8 * stage, parity);
                 wgmma_fence();
                 product(s, shared + Shared::K, q_tile);
+                if (DROPOUT) dropout_flags(flags, at, key);
                 wgmma_wait<0>();
                 wgmma_result(s);
-                probabilities(s, left, at, key, masked, shared + Shared::LSE2 + stage * BLOCK_M * 4);
+                probabilities(s, left, flags, at, key, masked, shared + Shared::LSE2 + stage * BLOCK_M * 4);
                 free_stage(Shared::Q_FREE, stage);
-                if (at.step > 0) barrier_sync(P_FREE, CONSUMERS);
+                if (at.step >= 2) barrier_sync(P_FREE + at.step % 2, CONSUMERS);
                 #pragma unroll
                 for (int q = 0; q < QT; q++) {
                     uint32_t p[4];
                     #pragma unroll
                     for (int x = 0; x < 4; x++)
-                        p[x] = VARIANT == FA_PLAIN ? left[q][x]
+                        p[x] = !MODS && !DROPOUT ? left[q][x]
                                                    : pack<T>(s[8 * q + x / 2 * 4 + x % 2 * 2], s[8 * q + x / 2 * 4 + x % 2 * 2 + 1]);
-                    store_shared_16(exchange + q * 2048, make_uint4(p[0], p[1], p[2], p[3]));
+                    store_shared_16(exchange + at.step % 2 * Shared::P_BYTES + q * 2048, make_uint4(p[0], p[1], p[2], p[3]));
                 }
-                barrier_arrive(P_READY, CONSUMERS);
+                barrier_arrive(P_READY + at.step % 2, CONSUMERS);
             }
             mbarrier_wait(shared + Shared::DO_FULL + 8 * stage, parity);
             wgmma_fence();
             accumulate(dv, left, do_tile);
-            barrier_sync(READY + at.step % 2, CONSUMERS);
-            wgmma_fence();
-            query_product<DQ_VALUES>(dq, shared + Shared::DS + at.step % 2 * Shared::DS_BYTES, 0);
-            wgmma_wait<1>();
-            wgmma_result(dv);
-            free_stage(Shared::DO_FREE, stage);
+            if (at.step > 0) {
+                float dq[DQ_VALUES / 2] = {};
+                values_dq(dq, before, total);
+            }
             wgmma_wait<0>();
-            wgmma_result(dq);
-            if (at.step + 2 < total) barrier_arrive(FREE + at.step % 2, CONSUMERS);
-            add_dq<DQ_VALUES>(dq, at, 0, 0);
+            wgmma_result(dv);
+            keep(left);
+            free_stage(Shared::DO_FREE, stage);
+            before = at;
+        }
+        if (total > 0) {
+            float dq[DQ_VALUES / 2] = {};
+            values_dq(dq, before, total);
         }
         barrier_sync(ALL, CONSUMERS);           /* nobody reads V any more */
-        store(dv, shared + Shared::V, row16, VARIANT == FA_DROPOUT ? a.kept : 1.0f, a.p.dv, (int)a.p.d_v, a.aligned_dv);
+        store(dv, shared + Shared::V, row16, DROPOUT ? a.kept : 1.0f, a.p.dv, (int)a.p.d_v, a.aligned_dv);
     }
 
     __device__ __forceinline__ void consume_keys()
@@ -533,16 +606,16 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm
                 mbarrier_wait(shared + Shared::DO_FULL + 8 * stage, parity);
                 wgmma_fence();
                 product(dp, shared + Shared::V, do_tile);
-                barrier_sync(P_READY, CONSUMERS);
+                barrier_sync(P_READY + at.step % 2, CONSUMERS);
                 #pragma unroll
                 for (int q = 0; q < QT; q++) {
-                    const uint4 p = load_shared_16(exchange + q * 2048);
+                    const uint4 p = load_shared_16(exchange + at.step % 2 * Shared::P_BYTES + q * 2048);
                     const uint32_t words[4] = { p.x, p.y, p.z, p.w };
                     #pragma unroll
                     for (int x = 0; x < 8; x++)
                         s[8 * q + x / 4 * 4 + x / 2 % 2 * 2 + x % 2] = unpack<T>(x % 2 ? words[x / 2] >> 16 : words[x / 2] & 0xffff);
                 }
-                if (at.step + 1 < total) barrier_arrive(P_FREE, CONSUMERS);
+                if (at.step + 2 < total) barrier_arrive(P_FREE + at.step % 2, CONSUMERS);
                 wgmma_wait<0>();
                 wgmma_result(dp);
                 score_gradients(left, dp, s, shared + Shared::DELTA + stage * BLOCK_M * 4);
@@ -563,7 +636,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm
             free_stage(Shared::Q_FREE, stage);
             wgmma_wait<0>();
             wgmma_result(dq);
-            add_dq<DQ_KEYS>(dq, at, DQ_VALUES, 0);
+            add_dq<DQ_KEYS>(dq, at, 0, DQ_VALUES, 0);
         }
         barrier_sync(ALL, CONSUMERS);
         store(dk, shared + Shared::K, row16, a.scale, a.p.dk, (int)a.p.d, a.aligned_dk);
@@ -571,13 +644,13 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct sm
 };
 
 /* Sections of heads one after the other; in a section key tiles ascend, the longest first if causal, heads innermost. */
-template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile>
+template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile>
 __global__ void __launch_bounds__(128 * (Tile::GROUPS + 1), 1) sm90_backward_kernel(const __grid_constant__ fa_sm90_backward_args args)
 {
-    extern __shared__ __align__(128) uint8_t dynamic[];
-    using kernel = sm90_backward<T, D, VARIANT, Tile>;
+    extern __shared__ __align__(1024) uint8_t dynamic[];
+    using kernel = sm90_backward<T, D, MODS, DROPOUT, Tile>;
     const fa_cuda_args &a = args.a;
-    const uint32_t shared = (shared_address(dynamic) + 1023) & ~1023u;
+    const uint32_t shared = shared_address(dynamic);
     const int heads = (int)(a.p.b * a.p.hk), per_section = args.section * a.n_tiles;
     const int first = blockIdx.x / per_section * args.section, in_section = min(args.section, heads - first);
     const int rest = blockIdx.x % per_section, batch_head = first + rest % in_section;

@@ -8,19 +8,20 @@ template <int M, int G, int R, bool KV, bool BULK> struct sm90_backward_row {
     enum : int { BLOCK_M = M, GROUPS = G, ROLES = R, BLOCK_N = 64 * G / R, KV_REGISTERS = KV, BULK_DQ = BULK, REGISTERS = G == 2 ? 240 : 160, PRODUCER_REGISTERS = G == 2 ? 24 : 32 };
 };
 
-template <int D> struct sm90_backward_tile;
+template <int D, bool PLAIN> struct sm90_backward_tile;
 #ifndef R64G
 #define R64G 2
 #define R64K true
+#define R64M 64
 #endif
 #ifndef BULKQ
 #define BULKQ true
 #endif
 /*                                                        BLOCK_M  GROUPS  ROLES  KV_REGISTERS  BULK_DQ */
-template <> struct sm90_backward_tile< 64> : sm90_backward_row<64, R64G, 1, R64K, BULKQ> {};
-template <> struct sm90_backward_tile< 96> : sm90_backward_row<64, 2, 1, false, BULKQ> {};
-template <> struct sm90_backward_tile<128> : sm90_backward_row<64, 2, 1, false, BULKQ> {};
-template <> struct sm90_backward_tile<192> : sm90_backward_row<64, 2, 2, false, false> {};
-template <> struct sm90_backward_tile<256> : sm90_backward_row<64, 2, 2, false, false> {};
+template <bool PLAIN> struct sm90_backward_tile< 64, PLAIN> : sm90_backward_row<PLAIN ? R64M : 64, R64G, 1, R64K, BULKQ> {};
+template <bool PLAIN> struct sm90_backward_tile< 96, PLAIN> : sm90_backward_row<64, 2, 1, false, BULKQ> {};
+template <bool PLAIN> struct sm90_backward_tile<128, PLAIN> : sm90_backward_row<64, 2, 1, false, BULKQ> {};
+template <bool PLAIN> struct sm90_backward_tile<192, PLAIN> : sm90_backward_row<64, 2, 2, false, false> {};
+template <bool PLAIN> struct sm90_backward_tile<256, PLAIN> : sm90_backward_row<64, 2, 2, false, false> {};
 
 #endif
