@@ -24,7 +24,8 @@ template <int D, class Tile> struct sm90_backward_shared {
         DQ = DS + 2 * DS_BYTES, P = DQ + Tile::GROUPS * DQ_BYTES, LSE2 = P + 2 * P_BYTES, DELTA = LSE2 + STAGES * BLOCK_M * 4,
         BARRIERS = DELTA + STAGES * BLOCK_M * 4,
         K_FULL = BARRIERS, V_FULL = K_FULL + 8, Q_FULL = V_FULL + 8, DO_FULL = Q_FULL + 8 * STAGES,
-        Q_FREE = DO_FULL + 8 * STAGES, DO_FREE = Q_FREE + 8 * STAGES, DS_FULL = DO_FREE + 8 * STAGES, DS_FREE = DS_FULL + 16, END = DS_FREE + 16,
+        Q_FREE = DO_FULL + 8 * STAGES, DO_FREE = Q_FREE + 8 * STAGES, DS_FULL = DO_FREE + 8 * STAGES, DS_FREE = DS_FULL + 16,
+        DQ_FULL = DS_FREE + 16, DQ_FREE = DQ_FULL + 8 * Tile::GROUPS, DQ_NOTE = (DQ_FREE + 8 * Tile::GROUPS + 15) / 16 * 16, END = DQ_NOTE + 16 * Tile::GROUPS,
         BYTES = END + 1024,             /* the dynamic base is aligned to less */
     };
     static_assert(BYTES <= 232448, "a block's limit");
@@ -89,6 +90,10 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
         for (int s = 0; s < 2; s++) {
             mbarrier_init(shared + Shared::DS_FULL + 8 * s, 4 * GROUPS);
             mbarrier_init(shared + Shared::DS_FREE + 8 * s, ALTERNATE ? 4 : 4 * GROUPS);
+        }
+        for (int g = 0; g < GROUPS; g++) {
+            mbarrier_init(shared + Shared::DQ_FULL + 8 * g, 4);
+            mbarrier_init(shared + Shared::DQ_FREE + 8 * g, 1);
         }
         mbarrier_init_fence();
     }
@@ -293,32 +298,34 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
                      ds[q][0], ds[q][1], ds[q][2], ds[q][3]);
     }
 
-    /* Deterministic dq: key tiles add to 16 rows of queries in ascending order. Tiles start in that order too, so the one that is
-     * waited for is running or done. */
-    __device__ __forceinline__ void wait_for_turn(int64_t row, int i) const
+    /* Deterministic dq: key tiles add to rows of queries in descending order. Blocks start in that order too, so the one that is
+     * waited for is running or done. How many adds come before this block's to query tile m: */
+    __device__ __forceinline__ int turn(int m) const
     {
-        if ((threadIdx.x & 31) == 0) {
-            const int before = j0 / BLOCK_N - first_key(a, seq, i / BLOCK_M * BLOCK_M) / BLOCK_N;
-            while (*(volatile int *)(a.turns + row / 16) < before * ROLES) __nanosleep(64);
-            __threadfence();
-        }
-        __syncwarp();
+        return ((last_key(a, seq, min((m + 1) * BLOCK_M, seq.sq) - 1) - 1) / BLOCK_N - j0 / BLOCK_N) * ROLES;
     }
-    __device__ __forceinline__ void pass_turn(int64_t row) const
+    __device__ __forceinline__ static void wait_for_turn(const int *turns, int turn)
+    {
+        while (*(const volatile int *)turns < turn) {}
+        __threadfence();
+    }
+    __device__ __forceinline__ static void pass_turn(int *turns)
     {
         __threadfence();
-        __syncwarp();
-        if ((threadIdx.x & 31) == 0) atomicAdd(a.turns + row / 16, 1);
+        atomicAdd(turns, 1);
     }
 
-    /* This warp's 16 queries of dQ into dq_accum: by one bulk sum of 64 D bytes, or a red.v4 a block. */
-    template <int N> __device__ __forceinline__ void add_dq(const float (&dq)[N / 2], const position &at, int row0, int channel, uint32_t buffer)
+    /* This warp's 16 queries of dQ into dq_accum: with BULK_DQ through shared memory, where deterministic by add_in_turn's warp,
+     * else by this one; without, a red.v4 a block. `n` such products of this warpgroup came before. */
+    template <int N> __device__ __forceinline__ void add_dq(const float (&dq)[N / 2], const position &at, int group, int n, int channel)
     {
-        const int lane = threadIdx.x & 31, i = at.m * BLOCK_M + row0 + (threadIdx.x >> 5 & 3) * 16;
-        const int64_t row = padded_row(a, seq, b, at.head) + i;
+        const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3;
+        const int64_t row = padded_row(a, seq, b, at.head) + at.m * BLOCK_M + dq_row(group) + warp * 16;
         float *sums = a.dq_accum + dq_block<D>(row, channel / 8);
-        if (Tile::BULK_DQ) {
-            bulk_wait_read<0>();
+        if constexpr (Tile::BULK_DQ) {
+            const uint32_t buffer = shared + Shared::DQ + group * Shared::DQ_BYTES + warp * 64 * D;
+            if (a.p.deterministic) mbarrier_wait(shared + Shared::DQ_FREE + 8 * group, n % 2 ^ 1);
+            else bulk_wait_read<0>();
             __syncwarp();
             #pragma unroll
             for (int j = 0; j < N / 8; j++)
@@ -326,22 +333,50 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
                                 make_uint4(__float_as_uint(dq[4 * j]), __float_as_uint(dq[4 * j + 1]),
                                            __float_as_uint(dq[4 * j + 2]), __float_as_uint(dq[4 * j + 3])));
             fence_proxy_async();
-            __syncwarp();
-            if (a.p.deterministic) wait_for_turn(row, i);
-            if (lane == 0) {
-                bulk_add(sums, buffer, 64 * D);
-                bulk_commit();
-                if (a.p.deterministic) bulk_wait<0>();
+            if (a.p.deterministic) {
+                if (threadIdx.x % 128 == 0) store_shared_16(shared + Shared::DQ_NOTE + 16 * group, make_uint4((uint32_t)(row >> 32), (uint32_t)row, turn(at.m), 0));
+                warp_arrive(Shared::DQ_FULL + 8 * group);
+            } else {
+                __syncwarp();
+                if (lane == 0) {
+                    bulk_add(sums, buffer, 64 * D);
+                    bulk_commit();
+                }
             }
         } else {
-            if (a.p.deterministic) wait_for_turn(row, i);
+            if (a.p.deterministic) {
+                if (lane == 0) wait_for_turn(a.turns + row / 16, turn(at.m));
+                __syncwarp();
+            }
             #pragma unroll
             for (int j = 0; j < N / 8; j++) {
                 const float c[4] = { dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3] };
                 dq_add(sums + j * 128, lane, c);
             }
+            if (a.p.deterministic) {
+                __threadfence();
+                __syncwarp();
+                if (lane == 0) pass_turn(a.turns + row / 16);
+            }
         }
-        if (a.p.deterministic) pass_turn(row);
+    }
+
+    /* The deterministic sums of one consumer warpgroup, by one thread of the producer's. */
+    __device__ __forceinline__ void add_in_turn(int group) const
+    {
+        const int total = steps(), count = ALTERNATE ? (total + GROUPS - 1 - group) / GROUPS : total;
+        #pragma unroll 1
+        for (int n = 0; n < count; n++) {
+            mbarrier_wait(shared + Shared::DQ_FULL + 8 * group, n % 2);
+            const uint4 note = load_shared_16(shared + Shared::DQ_NOTE + 16 * group);
+            const int64_t row = (int64_t)note.x << 32 | note.y;
+            wait_for_turn(a.turns + row / 16, note.z);
+            bulk_add(a.dq_accum + row * D, shared + Shared::DQ + group * Shared::DQ_BYTES, Shared::DQ_BYTES);
+            bulk_commit();
+            bulk_wait<0>();
+            pass_turn(a.turns + row / 16);
+            mbarrier_arrive(shared + Shared::DQ_FREE + 8 * group);
+        }
     }
 
     /* dK or dV of this warp's keys, through rows of `tile` that no other warp touches. Keys in no use get 0. */
@@ -456,7 +491,7 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
                 wgmma_wait<1>();
                 wgmma_result(dq);
                 warp_arrive(Shared::DS_FREE + 8 * (before.step % 2));
-                add_dq<D>(dq, before, dq_row(group), 0, shared + Shared::DQ + group * Shared::DQ_BYTES + (threadIdx.x >> 5 & 3) * 64 * D);
+                add_dq<D>(dq, before, group, ALTERNATE ? before.step / GROUPS : before.step, 0);
             } else {
                 wgmma_fence();
                 accumulate(dk, ds_left, q_tile);
@@ -482,7 +517,7 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
             query_product<D>(dq, ds_rows(group, before.step), 0);
             wgmma_wait<0>();
             wgmma_result(dq);
-            add_dq<D>(dq, before, dq_row(group), 0, shared + Shared::DQ + group * Shared::DQ_BYTES + (threadIdx.x >> 5 & 3) * 64 * D);
+            add_dq<D>(dq, before, group, ALTERNATE ? before.step / GROUPS : before.step, 0);
         }
         barrier_sync(GROUP + group, 128);       /* all its warps are done with the rows of V that carry the results out */
         store(dv, shared + Shared::V, row16, DROPOUT ? a.kept : 1.0f, a.p.dv, (int)a.p.d_v, a.aligned_dv);
@@ -636,7 +671,7 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
             free_stage(Shared::Q_FREE, stage);
             wgmma_wait<0>();
             wgmma_result(dq);
-            add_dq<DQ_KEYS>(dq, at, 0, DQ_VALUES, 0);
+            add_dq<DQ_KEYS>(dq, at, 0, 0, DQ_VALUES);
         }
         barrier_sync(ALL, CONSUMERS);
         store(dk, shared + Shared::K, row16, a.scale, a.p.dk, (int)a.p.d, a.aligned_dk);
@@ -654,13 +689,17 @@ __global__ void __launch_bounds__(128 * (Tile::GROUPS + 1), 1) sm90_backward_ker
     const int heads = (int)(a.p.b * a.p.hk), per_section = args.section * a.n_tiles;
     const int first = blockIdx.x / per_section * args.section, in_section = min(args.section, heads - first);
     const int rest = blockIdx.x % per_section, batch_head = first + rest % in_section;
-    kernel block(args, shared, batch_head / (int)a.p.hk, batch_head % (int)a.p.hk, rest / in_section);
+    kernel block(args, shared, batch_head / (int)a.p.hk, batch_head % (int)a.p.hk,
+                 a.p.deterministic ? a.n_tiles - 1 - rest / in_section : rest / in_section);
     if (block.j0 >= block.seq.k_rows) return;
     if (threadIdx.x == 0) kernel::init_barriers(shared);
     __syncthreads();
     if (threadIdx.x < 128) {
         fewer_registers<Tile::PRODUCER_REGISTERS>();
-        if (threadIdx.x < 32 && elect_one()) block.produce();
+        const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+        if (warp == 0 && elect_one()) block.produce();
+        if constexpr (Tile::BULK_DQ)
+            if (warp > 0 && warp <= Tile::GROUPS && a.p.deterministic && elect_one()) block.add_in_turn(warp - 1);
     } else {
         more_registers<Tile::REGISTERS>();
         if constexpr (Tile::ROLES == 1) block.consume();

@@ -5,7 +5,7 @@
 /* BLOCK_M queries at a time; GROUPS consumer warpgroups of 64 keys each, or, with two ROLES, both of the same 64 keys. K and V
  * stay in registers with KV_REGISTERS. BULK_DQ: dq leaves through shared memory. Registers a thread of the consumers' and the producer's. */
 template <int M, int G, int R, bool KV, bool BULK> struct sm90_backward_row {
-    enum : int { BLOCK_M = M, GROUPS = G, ROLES = R, BLOCK_N = 64 * G / R, KV_REGISTERS = KV, BULK_DQ = BULK, REGISTERS = G == 2 ? 240 : 160, PRODUCER_REGISTERS = G == 2 ? 24 : 32 };
+    enum : int { BLOCK_M = M, GROUPS = G, ROLES = R, BLOCK_N = 64 * G / R, KV_REGISTERS = KV, BULK_DQ = BULK, REGISTERS = G == 3 ? 160 : KV ? 232 : 240, PRODUCER_REGISTERS = G == 3 ? 32 : KV ? 40 : 24 };
 };
 
 template <int D, bool PLAIN> struct sm90_backward_tile;
