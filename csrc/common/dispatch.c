@@ -12,8 +12,10 @@
 static const struct row { enum fa_device device; const struct fa_kernel *kernel; } table[] = {
     { FA_CPU, &fa_kernel_cpu },
     { FA_CPU, &fa_kernel_reference },
-#ifdef FA_WITH_CUDA
+#ifdef FA_WITH_SM90
     { FA_CUDA, &fa_kernel_sm90 },
+#endif
+#ifdef FA_WITH_CUDA
     { FA_CUDA, &fa_kernel_sm80 },
 #endif
 };

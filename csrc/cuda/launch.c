@@ -90,7 +90,7 @@ static const struct fa_cuda_kernel *find_kernel(enum fa_pass pass, const struct 
 
 /* ---- the plan ---- */
 
-bool fa_cuda_is_aligned(const struct fa_params *p, const struct fa_tensor *t)
+static bool is_aligned(const struct fa_params *p, const struct fa_tensor *t)
 {
     const int64_t chunk = 16 / (int64_t)fa_sizeof(p->dtype);
     return (uintptr_t)t->ptr % 16 == 0 && t->stride_b % chunk == 0 && t->stride_s % chunk == 0 && t->stride_h % chunk == 0;
@@ -107,9 +107,9 @@ struct fa_cuda_args fa_cuda_arguments(const struct fa_params *p)
         .scale = (float)p->scale, .softcap = (float)p->softcap,
         .score_mod = has_score_mod(p), .exponent_scale = (float)(has_score_mod(p) ? LOG2E : p->scale * LOG2E),
         .keep256 = keep256, .kept = 256.0f / (float)keep256,
-        .aligned_q = fa_cuda_is_aligned(p, &p->q), .aligned_k = fa_cuda_is_aligned(p, &p->k), .aligned_v = fa_cuda_is_aligned(p, &p->v),
-        .aligned_out = fa_cuda_is_aligned(p, &p->out), .aligned_dout = fa_cuda_is_aligned(p, &p->dout), .aligned_dq = fa_cuda_is_aligned(p, &p->dq),
-        .aligned_dk = fa_cuda_is_aligned(p, &p->dk), .aligned_dv = fa_cuda_is_aligned(p, &p->dv),
+        .aligned_q = is_aligned(p, &p->q), .aligned_k = is_aligned(p, &p->k), .aligned_v = is_aligned(p, &p->v),
+        .aligned_out = is_aligned(p, &p->out), .aligned_dout = is_aligned(p, &p->dout), .aligned_dq = is_aligned(p, &p->dq),
+        .aligned_dk = is_aligned(p, &p->dk), .aligned_dv = is_aligned(p, &p->dv),
         .d_bucket = bucket_of(p)->channels, .splits = 1,
     };
 }
@@ -218,15 +218,15 @@ enum fa_status fa_cuda_launch(const char *name, const struct fa_cuda_kernel *ker
 }
 
 /* A helper kernel over `rows` rows of every head. */
-static enum fa_status launch_rows(const char *name, fa_cuda_helper *helper, int64_t rows, const struct fa_cuda_args *args,
-                                  struct fa_error *error)
+enum fa_status fa_cuda_launch_rows(const char *name, fa_cuda_helper *helper, int64_t rows, const struct fa_cuda_args *args,
+                                   struct fa_error *error)
 {
     const struct fa_cuda_kernel *kernel = helper(args->p.dtype);
     return fa_cuda_launch(name, kernel, args->p.b * args->p.h * blocks_of(rows, kernel->block_m), 1, args, args->p.stream, error);
 }
 
 /* Blocks for the gaps before, between and after the sequences; how long the gaps are only the device knows. */
-static enum fa_status launch_fill(fa_cuda_helper *helper, const struct fa_cuda_args *args, struct fa_error *error)
+enum fa_status fa_cuda_launch_fill(fa_cuda_helper *helper, const struct fa_cuda_args *args, struct fa_error *error)
 {
     const int64_t gaps = args->p.b + 1, each = most(1, least(MOST_BLOCKS_PER_GAP, FILL_BLOCKS / gaps));
     return fa_cuda_launch("launch of the fill kernel", helper(args->p.dtype), gaps * each, 1, args, args->p.stream, error);
@@ -237,19 +237,20 @@ static enum fa_status run_forward(const struct plan *plan, struct fa_error *erro
     const struct fa_cuda_args *a = &plan->args;
     const int64_t tiles = a->p.b * a->p.h * a->m_tiles;
     enum fa_status status = fa_cuda_launch("launch of the forward kernel", plan->kernel, tiles, a->splits, a, a->p.stream, error);
-    if (!status && a->splits > 1) status = launch_rows("launch of the combine kernel", fa_cuda_combine, a->p.sq, a, error);
-    if (!status && a->p.cu_q) status = launch_fill(fa_cuda_fill_forward, a, error);
-    if (!status && a->p.s_dmask) status = launch_rows("launch of the dmask kernel", fa_cuda_dmask, a->p.dmask_sq, a, error);
+    if (!status && a->splits > 1) status = fa_cuda_launch_rows("launch of the combine kernel", fa_cuda_combine, a->p.sq, a, error);
+    if (!status && a->p.cu_q) status = fa_cuda_launch_fill(fa_cuda_fill_forward, a, error);
+    if (!status && a->p.s_dmask) status = fa_cuda_launch_rows("launch of the dmask kernel", fa_cuda_dmask, a->p.dmask_sq, a, error);
     return status;
 }
 
-enum fa_status fa_cuda_run_backward(const struct fa_cuda_kernel *kernel, const void *args, const struct fa_cuda_args *a, struct fa_error *error)
+enum fa_status fa_cuda_run_backward(const struct fa_cuda_kernel *kernel, const void *args, const struct fa_cuda_args *a,
+                                    struct fa_error *error)
 {
     const int64_t tiles = a->p.b * a->p.hk * a->n_tiles;
-    enum fa_status status = launch_rows("launch of the prepare kernel", fa_cuda_prepare, pad(a->p.sq, ROW_PAD), a, error);
+    enum fa_status status = fa_cuda_launch_rows("launch of the prepare kernel", fa_cuda_prepare, pad(a->p.sq, ROW_PAD), a, error);
     if (!status) status = fa_cuda_launch("launch of the backward kernel", kernel, tiles, 1, args, a->p.stream, error);
-    if (!status) status = launch_rows("launch of the convert kernel", fa_cuda_convert, a->p.sq, a, error);
-    if (!status && (a->p.cu_q || a->p.cu_k || a->p.seqused_k)) status = launch_fill(fa_cuda_fill_backward, a, error);
+    if (!status) status = fa_cuda_launch_rows("launch of the convert kernel", fa_cuda_convert, a->p.sq, a, error);
+    if (!status && (a->p.cu_q || a->p.cu_k || a->p.seqused_k)) status = fa_cuda_launch_fill(fa_cuda_fill_backward, a, error);
     return status;
 }
 
@@ -268,7 +269,7 @@ static enum fa_status run(enum fa_pass pass, const struct fa_params *p, struct f
 
 /* ---- the row of the kernel table ---- */
 
-static enum fa_status check_sizes(const struct fa_params *p, struct fa_error *why)
+enum fa_status fa_cuda_check_sizes(const struct fa_params *p, struct fa_error *why)
 {
     const int64_t queries = p->cu_q ? most(p->sq, p->total_q) : p->sq;
     const int64_t longest = most(most(p->sq, p->sk), p->s_dmask ? p->dmask_sq : 0);
@@ -291,7 +292,7 @@ static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_err
         fa_fail(why, FA_UNSUPPORTED, "serves float32, float16 and bfloat16; cast q, k and v, or pass CPU tensors");
         return false;
     }
-    if (check_sizes(p, why) || !(device = fa_cuda_device(p->device_index, why))) return false;
+    if (fa_cuda_check_sizes(p, why) || !(device = fa_cuda_device(p->device_index, why))) return false;
     if (device->capability < SMALLEST_CAPABILITY) {
         fa_fail(why, FA_UNSUPPORTED, "needs a GPU of compute capability 8.0 or more, cuda:%d has %d.%d; pass CPU tensors",
                 (int)p->device_index, device->capability / 10, device->capability % 10);

@@ -11,7 +11,6 @@
 #define FA_CUDA_LAUNCH_H
 
 #include "args.h"
-#include "device.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -20,6 +19,24 @@ extern "C" {
 typedef const struct fa_cuda_kernel *fa_cuda_helper(enum fa_dtype dtype);
 
 fa_cuda_helper fa_cuda_fill_forward, fa_cuda_fill_backward, fa_cuda_combine, fa_cuda_dmask, fa_cuda_prepare, fa_cuda_convert;
+
+/* What the kernel families share: how a call becomes arguments, and how it is launched. None of it waits for the device. */
+enum fa_variant fa_cuda_variant(const struct fa_params *p);
+struct fa_cuda_args fa_cuda_arguments(const struct fa_params *p);
+enum fa_status fa_cuda_check_sizes(const struct fa_params *p, struct fa_error *why);
+
+/* One kernel over a grid of blocks x splits; a helper over `rows` rows of every head; a fill kernel. Nothing where blocks = 0. */
+enum fa_status fa_cuda_launch(const char *name, const struct fa_cuda_kernel *kernel, int64_t blocks, int splits,
+                              const void *args, void *stream, struct fa_error *error);
+enum fa_status fa_cuda_launch_rows(const char *name, fa_cuda_helper *helper, int64_t rows, const struct fa_cuda_args *args,
+                                   struct fa_error *error);
+enum fa_status fa_cuda_launch_fill(fa_cuda_helper *helper, const struct fa_cuda_args *args, struct fa_error *error);
+
+/* The backward's pieces of the workspace, by the sizes and the d_bucket in `a`; returns how many bytes. Then its launches:
+ * prepare | the kernel, over b hk n_tiles blocks and with `args` for its parameter | convert | fill, if packed or seqused_k. */
+int64_t fa_cuda_plan_backward(struct fa_cuda_args *a);
+enum fa_status fa_cuda_run_backward(const struct fa_cuda_kernel *kernel, const void *args, const struct fa_cuda_args *a,
+                                    struct fa_error *error);
 
 /* One head-dim bucket of a pass; `small` finds the tile for devices with little shared memory. */
 typedef const struct fa_cuda_kernel *fa_cuda_find(enum fa_dtype dtype, enum fa_variant variant, bool small);
@@ -30,22 +47,6 @@ fa_cuda_find fa_sm80_backward_32, fa_sm80_backward_64, fa_sm80_backward_96, fa_s
              fa_sm80_backward_256;
 fa_cuda_find fa_sm80_fp32_forward_64, fa_sm80_fp32_forward_128, fa_sm80_fp32_forward_256;
 fa_cuda_find fa_sm80_fp32_backward_64, fa_sm80_fp32_backward_128, fa_sm80_fp32_backward_256;
-
-/* What sm90/ shares with launch.c. */
-struct fa_cuda_args fa_cuda_arguments(const struct fa_params *p);
-enum fa_variant fa_cuda_variant(const struct fa_params *p);
-bool fa_cuda_is_aligned(const struct fa_params *p, const struct fa_tensor *t);      /* every row, to 16 bytes */
-
-/* The backward's pieces of the workspace, by the sizes and the d_bucket in `a`; returns how many bytes. */
-int64_t fa_cuda_plan_backward(struct fa_cuda_args *a);
-
-/* prepare | the kernel, with a grid over b hk n_tiles and `args` for its parameter | convert | fill. */
-enum fa_status fa_cuda_run_backward(const struct fa_cuda_kernel *kernel, const void *args, const struct fa_cuda_args *a,
-                                    struct fa_error *error);
-
-/* One kernel in a stream, with `args` for its only parameter; none where there is nothing to do. */
-enum fa_status fa_cuda_launch(const char *name, const struct fa_cuda_kernel *kernel, int64_t blocks, int splits, const void *args,
-                              void *stream, struct fa_error *error);
 
 #ifdef __cplusplus
 }

@@ -50,6 +50,12 @@ FA_DEVICE void tma_load(uint32_t dst, const fa_tensor_map &map, int c, int s, in
                  "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;"
                  :: "r"(dst), "l"(&map), "r"(c), "r"(s), "r"(h), "r"(b), "r"(barrier), "l"(policy) : "memory");
 }
+/* The same box into L2 only. */
+FA_DEVICE void tma_prefetch_box(const fa_tensor_map &map, int c, int s, int h, int b)
+{
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];"
+                 :: "l"(&map), "r"(c), "r"(s), "r"(h), "r"(b) : "memory");
+}
 /* Back; elements outside the tensor are not written. Belongs to this thread's bulk group. */
 FA_DEVICE void tma_store(uint32_t src, const fa_tensor_map &map, int c, int s, int h, int b)
 {
