@@ -28,13 +28,6 @@ struct forward_tile_info {
     int k0, unused[3];              /* the producer's */
 };
 
-#ifndef FA_KV_POLICY
-#define FA_KV_POLICY EVICT_LAST
-#endif
-#ifndef FA_PREFETCH
-#define FA_PREFETCH 1
-#endif
-
 template <int D, class Tile> struct forward_shape {
     enum : int {
         STAGES = 2, INFOS = 4, GROUPS = Tile::GROUPS, BLOCK_M = 64 * GROUPS, BLOCK_N = Tile::BLOCK_N, Q_STAGES = Tile::Q_STAGES,
@@ -75,7 +68,7 @@ template <int D, class Tile> struct forward_producer : forward_shape<D, Tile> {
         const int stage = position % STAGES, parity = position / STAGES & 1;
         mbarrier_wait(barrier(empty + stage), parity ^ 1);
         mbarrier_arrive_expect(barrier(full + stage), shape::KV_BYTES);
-        load_panels(shared + at + stage * shape::KV_BYTES, BLOCK_N * 128, map, row, head, b, barrier(full + stage), FA_KV_POLICY);
+        load_panels(shared + at + stage * shape::KV_BYTES, BLOCK_N * 128, map, row, head, b, barrier(full + stage), Tile::KEEP ? EVICT_LAST : EVICT_NORMAL);
     }
     __device__ __forceinline__ void load_k(int row) { load_block(f.k, shape::K_AT, shape::K_FULL, shape::K_EMPTY, keys++, row, kv_head, kv_batch); }
     __device__ __forceinline__ void load_v(int row) { load_block(f.v, shape::V_AT, shape::V_FULL, shape::V_EMPTY, values++, row, kv_head, kv_batch); }
@@ -132,7 +125,7 @@ template <int D, class Tile> struct forward_producer : forward_shape<D, Tile> {
             store_shared_16(at, make_uint4(b, head, i0, s.q0));
             store_shared_16(at + 16, make_uint4(s.sq, s.sk, n_first, n_last));
             store_shared_16(at + 32, make_uint4(s.k0, 0, 0, 0));
-            if (FA_PREFETCH && tiles) prefetch(s.q0 + i0, s.k0 + (n_last - 1) * BLOCK_N, b, head);
+            if (Tile::PREFETCH && tiles) prefetch(s.q0 + i0, s.k0 + (n_last - 1) * BLOCK_N, b, head);
             advance_unit();
             return true;
         }
@@ -176,6 +169,7 @@ template <int D, class Tile> struct forward_producer : forward_shape<D, Tile> {
             }
             kv_head = head, kv_batch = batch, row = last_row, tiles++;
             more = find();
+            #pragma unroll 1
             for (int left = y.w - 1 - y.z; left > 0; left--, row -= BLOCK_N) {
                 load_k(row - BLOCK_N);
                 load_v(row);
