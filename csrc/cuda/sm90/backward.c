@@ -66,8 +66,6 @@ enum fa_status fa_sm90_backward(const struct fa_params *p, struct fa_error *erro
     if (status) return status;
     make_plan(p, &plan);
     if (p->debug) status = fa_cuda_check_values(p, error);
-    /* A thread new to CUDA, as autograd's, has no context before this, and the driver's encoder wants one. */
-    if (!status) status = fa_cuda_status(cudaSetDevice((int)p->device_index), "cudaSetDevice", error);
     if (!status) status = encode(&plan.args.q, p, &p->q, false, p->d, plan.kernel->block_m, error);
     if (!status) status = encode(&plan.args.k, p, &p->k, true, p->d, plan.kernel->block_n, error);
     if (!status) status = encode(&plan.args.v, p, &p->v, true, p->d_v, plan.kernel->block_n, error);

@@ -10,11 +10,14 @@
 #include "backward_args.h"
 #include "backward_config.h"
 #include "ptx.cuh"
+#ifndef NOBEHIND
+#define NOBEHIND 0
+#endif
 #ifndef HINT
 #define HINT EVICT_LAST
 #endif
 
-/* A 1024-byte aligned place and what lies there. */
+/* What lies where in shared memory. */
 template <int D, class Tile> struct sm90_backward_shared {
     enum : int {
         BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, STAGES = 2, PANELS = (D + 63) / 64,
@@ -25,8 +28,7 @@ template <int D, class Tile> struct sm90_backward_shared {
         BARRIERS = DELTA + STAGES * BLOCK_M * 4,
         K_FULL = BARRIERS, V_FULL = K_FULL + 8, Q_FULL = V_FULL + 8, DO_FULL = Q_FULL + 8 * STAGES,
         Q_FREE = DO_FULL + 8 * STAGES, DO_FREE = Q_FREE + 8 * STAGES, DS_FULL = DO_FREE + 8 * STAGES, DS_FREE = DS_FULL + 16,
-        DQ_FULL = DS_FREE + 16, DQ_FREE = DQ_FULL + 8 * Tile::GROUPS, DQ_NOTE = (DQ_FREE + 8 * Tile::GROUPS + 15) / 16 * 16, END = DQ_NOTE + 16 * Tile::GROUPS,
-        BYTES = END + 1024,             /* the dynamic base is aligned to less */
+        DQ_FULL = DS_FREE + 16, DQ_FREE = DQ_FULL + 8 * Tile::GROUPS, DQ_NOTE = (DQ_FREE + 8 * Tile::GROUPS + 15) / 16 * 16, BYTES = DQ_NOTE + 16 * Tile::GROUPS,
     };
     static_assert(BYTES <= 232448, "a block's limit");
 };
@@ -38,7 +40,7 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
         ROLES = Tile::ROLES, BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, STAGES = Shared::STAGES, PANELS = Shared::PANELS,
         NT = BLOCK_M / 8, QT = BLOCK_M / 16, DT = D / 8, KV_STEPS = Tile::KV_REGISTERS ? D / 16 : 1,
         ALTERNATE = BLOCK_M == 64,      /* the warpgroups take turns at dQ, else each has 64 of its rows */
-        DK_BEHIND = BLOCK_M == 64 && (D < 128 || !(MODS || DROPOUT)),      /* dK runs into the next step: where registers last */
+        DK_BEHIND = !NOBEHIND && BLOCK_M == 64 && (D < 128 || !(MODS || DROPOUT)),      /* dK runs into the next step: where registers last */
         /* named barriers */
         READY = 1, FREE = READY + GROUPS, ALL = FREE + GROUPS, GROUP = ALL + 1, P_READY = GROUP + GROUPS, P_FREE = P_READY + 2,
     };
@@ -64,17 +66,11 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
 
     /* Where a walk over the query tiles of the group's heads is. */
     struct position { int head, m, step; };
-#ifdef ROTATE
-    __device__ __forceinline__ int m_start() const { return a.p.deterministic ? m_first : m_first + (int)((unsigned)j0 / BLOCK_N * ROTATE % (unsigned)max(m_last - m_first, 1)); }
-#else
-    __device__ __forceinline__ int m_start() const { return m_first; }
-#endif
-    __device__ __forceinline__ position start() const { return { kv_head * a.group, m_start(), 0 }; }
+    __device__ __forceinline__ position start() const { return { kv_head * a.group, m_first, 0 }; }
     __device__ __forceinline__ void advance_to_next(position &at) const
     {
         at.step++;
-        if (++at.m == m_last) at.m = m_first;
-        if (at.m == m_start()) at.head++;
+        if (++at.m == m_last) { at.m = m_first; at.head++; }
     }
 
     __device__ __forceinline__ static void init_barriers(uint32_t shared)
@@ -84,8 +80,8 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
         for (int s = 0; s < STAGES; s++) {
             mbarrier_init(shared + Shared::Q_FULL + 8 * s, 1);
             mbarrier_init(shared + Shared::DO_FULL + 8 * s, 1);
-            mbarrier_init(shared + Shared::Q_FREE + 8 * s, GROUPS);
-            mbarrier_init(shared + Shared::DO_FREE + 8 * s, GROUPS);
+            mbarrier_init(shared + Shared::Q_FREE + 8 * s, 4 * GROUPS);
+            mbarrier_init(shared + Shared::DO_FREE + 8 * s, 4 * GROUPS);
         }
         for (int s = 0; s < 2; s++) {
             mbarrier_init(shared + Shared::DS_FULL + 8 * s, 4 * GROUPS);
@@ -464,7 +460,7 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
                 wgmma_wait<2>();
                 wgmma_result(dk);
                 keep(ds_left);
-                if (at.step > 0) free_stage(Shared::Q_FREE, (at.step - 1) % STAGES);
+                if (at.step > 0) warp_arrive(Shared::Q_FREE + 8 * ((at.step - 1) % STAGES));
             }
             wgmma_wait<1>();
             wgmma_result(s);
@@ -483,7 +479,7 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
                 wgmma_wait<0>();
                 wgmma_result(dv);
                 keep(p_left);
-                free_stage(Shared::DO_FREE, stage);
+                warp_arrive(Shared::DO_FREE + 8 * stage);
                 mbarrier_wait(shared + Shared::DS_FULL + 8 * (before.step % 2), before.step / 2 % 2);
                 wgmma_fence();
                 query_product<D>(dq, ds_rows(group, before.step), 0);
@@ -497,13 +493,13 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
                 accumulate(dk, ds_left, q_tile);
                 wgmma_wait<1>();
                 wgmma_result(dv);
-                free_stage(Shared::DO_FREE, stage);
+                warp_arrive(Shared::DO_FREE + 8 * stage);
             }
             if (!DK_BEHIND) {
                 wgmma_wait<0>();
                 wgmma_result(dk);
                 keep(ds_left);
-                free_stage(Shared::Q_FREE, stage);
+                warp_arrive(Shared::Q_FREE + 8 * stage);
             }
             before = at;
         }
@@ -528,11 +524,6 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
     /* ---- two roles: values' warpgroup makes P, dV and dQ's first channels, keys' dS, dK and the rest of dQ ---- */
 
     enum : int { DQ_VALUES = D <= 192 ? 64 : 128, DQ_KEYS = D - DQ_VALUES };
-
-    __device__ __forceinline__ void free_stage(int barrier, int stage)
-    {
-        if (threadIdx.x % 128 == 0) mbarrier_arrive(shared + barrier + 8 * stage);
-    }
 
     /* Zeroes what lies behind the sequences in the tiles that are here. */
     __device__ __forceinline__ void zero_keys()
@@ -588,7 +579,7 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
                 wgmma_wait<0>();
                 wgmma_result(s);
                 probabilities(s, left, flags, at, key, masked, shared + Shared::LSE2 + stage * BLOCK_M * 4);
-                free_stage(Shared::Q_FREE, stage);
+                warp_arrive(Shared::Q_FREE + 8 * stage);
                 if (at.step >= 2) barrier_sync(P_FREE + at.step % 2, CONSUMERS);
                 #pragma unroll
                 for (int q = 0; q < QT; q++) {
@@ -611,7 +602,7 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
             wgmma_wait<0>();
             wgmma_result(dv);
             keep(left);
-            free_stage(Shared::DO_FREE, stage);
+            warp_arrive(Shared::DO_FREE + 8 * stage);
             before = at;
         }
         if (total > 0) {
@@ -654,7 +645,7 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
                 wgmma_wait<0>();
                 wgmma_result(dp);
                 score_gradients(left, dp, s, shared + Shared::DELTA + stage * BLOCK_M * 4);
-                free_stage(Shared::DO_FREE, stage);
+                warp_arrive(Shared::DO_FREE + 8 * stage);
             }
             if (at.step >= 2) barrier_sync(FREE + at.step % 2, CONSUMERS);
             store_ds(ds_tile, left, row16);
@@ -668,7 +659,7 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
             query_product<DQ_KEYS>(dq, ds_tile, DQ_VALUES);
             wgmma_wait<1>();
             wgmma_result(dk);
-            free_stage(Shared::Q_FREE, stage);
+            warp_arrive(Shared::Q_FREE + 8 * stage);
             wgmma_wait<0>();
             wgmma_result(dq);
             add_dq<DQ_KEYS>(dq, at, 0, 0, DQ_VALUES);
@@ -686,6 +677,7 @@ __global__ void __launch_bounds__(128 * (Tile::GROUPS + 1), 1) sm90_backward_ker
     using kernel = sm90_backward<T, D, MODS, DROPOUT, Tile>;
     const fa_cuda_args &a = args.a;
     const uint32_t shared = shared_address(dynamic);
+    if (shared % 1024) __trap();                /* TMA's swizzle counts from here */
     const int heads = (int)(a.p.b * a.p.hk), per_section = args.section * a.n_tiles;
     const int first = blockIdx.x / per_section * args.section, in_section = min(args.section, heads - first);
     const int rest = blockIdx.x % per_section, batch_head = first + rest % in_section;
