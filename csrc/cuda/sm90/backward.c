@@ -1,6 +1,8 @@
-/* cuda/sm90/backward.c: the host side of the backward pass on Hopper: what it serves, its plan, its launch.
+/* cuda/sm90/backward.c: the backward pass on Hopper, from a call to its launches.
  *
- *     prepare | main kernel | convert | fill, if packed or seqused_k        (all but the main kernel are those of sm_80) */
+ *     prepare | main kernel | convert | fill, if packed or seqused_k        (all but the main kernel are those of sm_80)
+ *
+ * The plan is a pure function of the call. */
 #include "../device.h"
 #include "backward_args.h"
 #include "kernels.h"
@@ -50,8 +52,8 @@ int64_t fa_sm90_backward_workspace(const struct fa_params *p)
     return plan.bytes;
 }
 
-static enum fa_status encode(struct fa_tensor_map *map, const struct fa_params *p, const struct fa_tensor *t, bool keys, int64_t d, int rows,
-                             struct fa_error *error)
+static enum fa_status encode(struct fa_tensor_map *map, const struct fa_params *p, const struct fa_tensor *t, bool keys,
+                             int64_t d, int rows, struct fa_error *error)
 {
     const bool packed = keys ? p->cu_k : p->cu_q;
     const int64_t length = keys ? (packed ? p->total_k : p->sk) : packed ? p->total_q : p->sq;
