@@ -23,13 +23,16 @@ DTYPES = {torch.float32: _C.FLOAT32, torch.float16: _C.FLOAT16, torch.bfloat16: 
 
 
 class Operands(NamedTuple):
-    """The tensors of a call beside q, k and v; they take no gradient and are saved for backward."""
+    """The tensors of a call beside q, k and v, saved for backward; of them only the bias takes a gradient.
+    Bias and mask have four dimensions, each as large as the scores' or 1."""
 
     cu_seqlens_q: Optional[Tensor]
     cu_seqlens_k: Optional[Tensor]
     seqused_k: Optional[Tensor]
     alibi_slopes: Optional[Tensor]
     rng_state: Optional[Tensor]
+    bias: Optional[Tensor]
+    mask: Optional[Tensor]
 
 
 class Options(NamedTuple):
@@ -63,12 +66,14 @@ def forward(q, k, v, operands, options, want_s_dmask=False):
     return out, lse, s_dmask
 
 
-def backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, operands, options):
-    """Writes dq, dk and dv. dlse may be None."""
+def backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, operands, options):
+    """Writes dq, dk and dv, and dbias if wanted. dlse and dbias may be None."""
     fields = _fields(q, k, v, out, lse, operands, options)
     fields["dout"] = _tensor(dout)
     fields["dlse"] = _rows(dlse)
     fields["dq"], fields["dk"], fields["dv"] = _tensor(dq), _tensor(dk), _tensor(dv)
+    if dbias is not None:
+        fields["dbias"] = _scores(dbias)
     _run(_C.backward, fields, q)
 
 
@@ -81,6 +86,8 @@ def choose(q, k, v, operands, options, want_backward=False):
     gradients = [gradient_of(x) for x in (q, k, v)]
     fields["dout"] = fields["out"]
     fields["dq"], fields["dk"], fields["dv"] = map(_tensor, gradients)
+    if operands.bias is not None and operands.bias.requires_grad:
+        fields["dbias"] = _scores(bias_gradient_of(operands.bias))
     return _C.choose(_C.BACKWARD, **fields)
 
 
@@ -91,6 +98,11 @@ def gradient_of(given):
     if gradient.stride(-1) == 1:
         return gradient
     return empty(given.shape, dtype=given.dtype, device=given.device)
+
+
+def bias_gradient_of(bias):
+    """Uninitialised memory for the gradient of a bias: where the bias has size 1 the kernels sum."""
+    return empty(bias.shape, dtype=bias.dtype, device=bias.device)
 
 
 def _allocate_results(q, v, operands):
@@ -112,7 +124,7 @@ def _s_dmask_shape(fields):
 
 def _fields(q, k, v, out, lse, operands, options):
     """struct fa_params, in its order."""
-    cu_q, cu_k, seqused_k, alibi, rng = operands
+    cu_q, cu_k, seqused_k, alibi, rng, bias, mask = operands
     max_seqlen_q, max_seqlen_k, scale, softcap, window_left, window_right, dropout_p, deterministic = options
     if cu_q is None:
         b, sq, h, d = q.shape
@@ -122,7 +134,7 @@ def _fields(q, k, v, out, lse, operands, options):
         b, sq, sk = cu_q.shape[0] - 1, max_seqlen_q, max_seqlen_k
         total_q, h, d = q.shape
         total_k, hk, d_v = v.shape
-    return dict(
+    fields = dict(
         device=_C.CUDA if q.is_cuda else _C.CPU, dtype=DTYPES[q.dtype],
         b=b, h=h, hk=hk, sq=sq, sk=sk, d=d, d_v=d_v, total_q=total_q, total_k=total_k,
         q=_tensor(q), k=_tensor(k), v=_tensor(v), out=_tensor(out), lse=_rows(lse),
@@ -135,6 +147,11 @@ def _fields(q, k, v, out, lse, operands, options):
         dropout_p=dropout_p, rng=_pointer(rng), deterministic=deterministic,
         debug=False, n_threads=get_num_threads(),
         device_index=q.get_device() if q.is_cuda else 0, stream=None)
+    if bias is not None:
+        fields["bias"] = _scores(bias)
+    if mask is not None:
+        fields["mask"] = _scores(mask)
+    return fields
 
 
 def _tensor(x):
@@ -152,22 +169,25 @@ def _rows(x):
     return x.data_ptr(), stride[0] if len(stride) == 3 else 0, stride[-1], stride[-2]
 
 
+def _scores(x):
+    """(pointer, dtype, stride_b, stride_h, stride_q, stride_k) of a tensor over the scores: stride 0 where it
+    has size 1. A mask's dtype does not count."""
+    stride_b, stride_h, stride_q, stride_k = [0 if n == 1 else step for n, step in zip(x.shape, x.stride())]
+    return x.data_ptr(), DTYPES.get(x.dtype, 0), stride_b, stride_h, stride_q, stride_k
+
+
 def _pointer(x):
     return None if x is None else x.data_ptr()
 
 
 def _run(call, fields, q):
-    """Calls the extension: on the CPU as it is; on a GPU on q's device, in its current stream."""
+    """Calls the extension: on a GPU in the current stream of q's device, which the C side makes current."""
     if not q.is_cuda:
         return call(_host_scratch, **fields)
     device = q.device
     fields["debug"] = os.environ.get("FLASH_ATTN_DEBUG") == "1"
     fields["stream"] = torch._C._cuda_getCurrentRawStream(device.index)
-    scratch = lambda nbytes: empty(nbytes, dtype=torch.uint8, device=device)  # noqa: E731
-    if device.index == torch.cuda.current_device():
-        return call(scratch, **fields)
-    with torch.cuda.device(device):
-        return call(scratch, **fields)
+    return call(lambda nbytes: empty(nbytes, dtype=torch.uint8, device=device), **fields)
 
 
 def _host_scratch(nbytes):

@@ -17,7 +17,7 @@ from ._backend import ArgumentTypeError, ArgumentValueError, Operands, Options, 
 
 def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
                     softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, *,
-                    seqused_k=None, rng_state=None):
+                    seqused_k=None, rng_state=None, attn_bias=None, attn_mask=None):
     """Exact attention, softmax(softmax_scale * q k^T) v, in memory linear in the sequence lengths.
 
     Arguments:
@@ -47,6 +47,14 @@ def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, wi
             seqlen_k, alignment included.
         rng_state: int64, (2,), (seed, offset) that decides what is dropped, to repeat a mask. None draws it
             from torch's generator of q's device, so that torch.manual_seed and activation checkpointing work.
+        attn_bias: added to the scores, after softcap and ALiBi; broadcastable to (batch, nheads, seqlen_q,
+            seqlen_k), of any float dtype (autocast leaves it alone) and any strides: an expanded tensor is
+            read as it is, and the gradient that goes back through the expansion is already summed over it
+            (ask for the gradient of the tensor that was expanded, not of the expanded view). -inf hides the
+            key, with gradient 0.
+        attn_mask: bool, broadcastable like attn_bias: True lets the query see the key, as in
+            scaled_dot_product_attention; a padding mask is (batch, 1, 1, seqlen_k). A float attn_mask is an
+            attn_bias.
 
     Returns:
         out (batch, seqlen_q, nheads, headdim_v), of q's dtype; with return_attn_probs (out, softmax_lse,
@@ -67,36 +75,39 @@ def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, wi
     FlashAttention-2 (Dao, 2023), section 3.
     """
     return _attention(("q", "k", "v"), (q, k, v), dropout_p, softmax_scale, causal, window_size, softcap,
-                      alibi_slopes, deterministic, return_attn_probs, seqused_k, rng_state)
+                      alibi_slopes, deterministic, return_attn_probs, seqused_k, rng_state, attn_bias,
+                      attn_mask)
 
 
 def flash_attn_kvpacked_func(q, kv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
                              softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, *,
-                             seqused_k=None, rng_state=None):
+                             seqused_k=None, rng_state=None, attn_bias=None, attn_mask=None):
     """flash_attn_func on kv (batch, seqlen_k, 2, nheads_k, headdim), keys first; its gradient is one tensor
     too.
 
     All else, errors included, is as in flash_attn_func.
     """
     return _attention(("q", "kv"), (q, kv), dropout_p, softmax_scale, causal, window_size, softcap,
-                      alibi_slopes, deterministic, return_attn_probs, seqused_k, rng_state)
+                      alibi_slopes, deterministic, return_attn_probs, seqused_k, rng_state, attn_bias,
+                      attn_mask)
 
 
 def flash_attn_qkvpacked_func(qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
                               softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, *,
-                              seqused_k=None, rng_state=None):
+                              seqused_k=None, rng_state=None, attn_bias=None, attn_mask=None):
     """flash_attn_func on qkv (batch, seqlen, 3, nheads, headdim); its gradient is one tensor too.
 
     All else, errors included, is as in flash_attn_func.
     """
     return _attention(("qkv",), (qkv,), dropout_p, softmax_scale, causal, window_size, softcap,
-                      alibi_slopes, deterministic, return_attn_probs, seqused_k, rng_state)
+                      alibi_slopes, deterministic, return_attn_probs, seqused_k, rng_state, attn_bias,
+                      attn_mask)
 
 
 def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
                            softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
                            alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None,
-                           *, seqused_k=None, rng_state=None):
+                           *, seqused_k=None, rng_state=None, attn_bias=None, attn_mask=None):
     """flash_attn_func on a batch of sequences of different lengths, packed one after the other without
     padding.
 
@@ -107,6 +118,7 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
             legal.
         max_seqlen_q, max_seqlen_k: at least the length of the longest sequence; an int or an integer tensor.
         block_table: paged keys and values do not exist yet: must be None.
+        attn_bias, attn_mask: must be None. They need padded sequences: flash_attn_func takes them.
 
     Causal masks, windows and ALiBi count within each sequence, whose own lengths stand for seqlen_q and
     seqlen_k. Rows that belong to no sequence get out = 0, softmax_lse = -inf and zero gradients, whatever
@@ -120,46 +132,50 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
         raise UnsupportedError("block_table must be None: paged keys and values are not supported yet. "
                                "Gather the pages into contiguous k and v; seqused_k takes their lengths.")
     return _attention(("q", "k", "v"), (q, k, v), dropout_p, softmax_scale, causal, window_size, softcap,
-                      alibi_slopes, deterministic, return_attn_probs, seqused_k, rng_state,
-                      (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))
+                      alibi_slopes, deterministic, return_attn_probs, seqused_k, rng_state, attn_bias,
+                      attn_mask, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))
 
 
 def flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                                     dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
                                     softcap=0.0, alibi_slopes=None, deterministic=False,
-                                    return_attn_probs=False, *, seqused_k=None, rng_state=None):
+                                    return_attn_probs=False, *, seqused_k=None, rng_state=None, attn_bias=None,
+                                    attn_mask=None):
     """flash_attn_varlen_func on kv (total_k, 2, nheads_k, headdim), keys first; its gradient is one tensor
     too.
 
     All else, errors included, is as in flash_attn_varlen_func.
     """
     return _attention(("q", "kv"), (q, kv), dropout_p, softmax_scale, causal, window_size, softcap,
-                      alibi_slopes, deterministic, return_attn_probs, seqused_k, rng_state,
-                      (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))
+                      alibi_slopes, deterministic, return_attn_probs, seqused_k, rng_state, attn_bias,
+                      attn_mask, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k))
 
 
 def flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None,
                                      causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
                                      deterministic=False, return_attn_probs=False, *,
-                                     seqused_k=None, rng_state=None):
+                                     seqused_k=None, rng_state=None, attn_bias=None, attn_mask=None):
     """flash_attn_varlen_func on qkv (total, 3, nheads, headdim); its gradient is one tensor too.
 
     All else, errors included, is as in flash_attn_varlen_func.
     """
     return _attention(("qkv",), (qkv,), dropout_p, softmax_scale, causal, window_size, softcap,
-                      alibi_slopes, deterministic, return_attn_probs, seqused_k, rng_state,
-                      (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen))
+                      alibi_slopes, deterministic, return_attn_probs, seqused_k, rng_state, attn_bias,
+                      attn_mask, (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen))
 
 
 def _attention(names, given, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-               deterministic, return_attn_probs, seqused_k, rng_state, packing=None):
+               deterministic, return_attn_probs, seqused_k, rng_state, attn_bias, attn_mask, packing=None):
     """All six functions. `given` is (qkv,), (q, kv) or (q, k, v); a name has one letter for each tensor in
     it. `packing` is (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) of packed sequences."""
     given, operands, options = _prepare(names, given, dropout_p, softmax_scale, causal, window_size, softcap,
-                                        alibi_slopes, deterministic, seqused_k, rng_state, packing)
+                                        alibi_slopes, deterministic, seqused_k, rng_state, attn_bias,
+                                        attn_mask, packing)
     want_s_dmask = return_attn_probs and operands.rng_state is not None and dropout_p > 0
-    if torch.is_grad_enabled() and any([x.requires_grad for x in given]):
-        out, lse, s_dmask = _FlashAttention.apply(operands, options, want_s_dmask, *given)
+    bias = operands.bias
+    if torch.is_grad_enabled() and (any([x.requires_grad for x in given])
+                                    or bias is not None and bias.requires_grad):
+        out, lse, s_dmask = _FlashAttention.apply(operands, options, want_s_dmask, bias, *given)
     else:
         out, lse, s_dmask = _backend.forward(*_unpack(given), operands, options, want_s_dmask)
     if not return_attn_probs:
@@ -168,10 +184,11 @@ def _attention(names, given, dropout_p, softmax_scale, causal, window_size, soft
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Saves its inputs, out and lse; backward recomputes the scores from them (the paper's algorithm 4)."""
+    """Saves its inputs, out and lse; backward recomputes the scores from them (the paper's algorithm 4).
+    `bias` is the one of the operands: autograd must see it as an argument."""
 
     @staticmethod
-    def forward(ctx, operands, options, want_s_dmask, *given):
+    def forward(ctx, operands, options, want_s_dmask, bias, *given):
         out, lse, s_dmask = _backend.forward(*_unpack(given), operands, options, want_s_dmask)
         ctx.save_for_backward(out, lse, *operands, *given)
         ctx.options = options
@@ -193,8 +210,10 @@ class _FlashAttention(torch.autograd.Function):
         elif dout.stride(-1) != 1:
             dout = dout.contiguous()
         gradients = [_backend.gradient_of(x) for x in given]
-        _backend.backward(dout, dlse, *_unpack(given), out, lse, *_unpack(gradients), operands, ctx.options)
-        return None, None, None, *gradients
+        dbias = _backend.bias_gradient_of(operands.bias) if ctx.needs_input_grad[3] else None
+        _backend.backward(dout, dlse, *_unpack(given), out, lse, *_unpack(gradients), dbias, operands,
+                          ctx.options)
+        return None, None, None, dbias, *gradients
 
 
 def _unpack(given):
@@ -205,10 +224,12 @@ def _unpack(given):
 
 
 def _prepare(names, given, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-             deterministic, seqused_k, rng_state, packing):
+             deterministic, seqused_k, rng_state, attn_bias, attn_mask, packing):
     """Given tensors with contiguous channels in the dtype of the call, and its Operands and Options,
     checked."""
     given = [_given_tensor(name, x, 3 if packing else 4) for name, x in zip(names, given)]
+    if torch.is_autocast_enabled("cuda" if given[0].is_cuda else "cpu"):
+        given = [_autocast(x) for x in given]
     q, k, v = _unpack(given)
     _check_agreement(names, q, k, v)
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = packing or (None, None, 0, 0)
@@ -227,17 +248,20 @@ def _prepare(names, given, dropout_p, softmax_scale, causal, window_size, softca
         _check_operand("rng_state", rng_state, torch.int64, [(2,)], q.device)
     elif _is_dropping(dropout_p):
         rng_state = _backend.draw_rng_state(q.device)
+    if attn_bias is not None or attn_mask is not None:
+        attn_bias, attn_mask = _prepared_scores(attn_bias, attn_mask, q, k, packing)
     if softmax_scale is None:
         softmax_scale = max(q.shape[-1], 1) ** -0.5
     left, right = _window(window_size)
     deterministic = bool(deterministic) or torch.are_deterministic_algorithms_enabled()
-    return (given, Operands(cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, rng_state),
+    return (given, Operands(cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, rng_state, attn_bias,
+                            attn_mask),
             Options(max_seqlen_q, max_seqlen_k, softmax_scale, softcap, left, 0 if causal else right,
                     dropout_p, deterministic))
 
 
 def _given_tensor(name, x, rank):
-    """x, cast under autocast, copied if its channels are not contiguous."""
+    """x, copied if its channels are not contiguous."""
     if not isinstance(x, Tensor):
         raise ArgumentTypeError(f"{name} must be a torch.Tensor; it is a {type(x).__name__}.")
     parts = len(name)
@@ -248,13 +272,14 @@ def _given_tensor(name, x, rank):
     if x.dtype not in _backend.DTYPES:
         raise ArgumentTypeError(f"{name} has dtype {x.dtype}; only float16, bfloat16, float32 and float64 "
                                 f"are supported. Cast it, for example {name}.float().")
-    device_type = x.device.type
-    if device_type != "cpu" and device_type != "cuda":
+    if not (x.is_cuda or x.is_cpu):
         raise UnsupportedError(f"{name} is on {x.device}; only cpu and cuda tensors are supported. "
                                f"Move it, for example {name}.cpu().")
-    if torch.is_autocast_enabled(device_type) and x.dtype is not torch.float64:
-        x = x.to(torch.get_autocast_dtype(device_type))
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride()[-1] == 1 else x.contiguous()
+
+
+def _autocast(x):
+    return x if x.dtype is torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
 
 
 _LAYOUTS = {
@@ -280,7 +305,7 @@ def _check_agreement(names, q, k, v):
     if k.shape[-1] != q.shape[-1]:
         raise ArgumentValueError(f"{name_k} has a headdim of {k.shape[-1]}; expected {q.shape[-1]}, "
                                  f"the headdim of q.")
-    if v.shape[:-1] != k.shape[:-1]:
+    if v.shape != k.shape and v.shape[:-1] != k.shape[:-1]:
         raise ArgumentValueError(f"{name_v} must have shape {(*k.shape[:-1], 'headdim_v')}, as k; "
                                  f"it has {tuple(v.shape)}.")
 
@@ -304,6 +329,64 @@ def _prepared_slopes(slopes, batch, q):
         raise UnsupportedError("alibi_slopes requires a gradient, which is not computed. "
                                "Pass alibi_slopes.detach().")
     return slopes if slopes.stride(-1) == 1 else slopes.contiguous()
+
+
+def _prepared_scores(attn_bias, attn_mask, q, k, packing):
+    """(bias, mask) as four-dimensional views whose sizes are those of the scores or 1."""
+    if packing:
+        name = "attn_bias" if attn_bias is not None else "attn_mask"
+        raise UnsupportedError(f"{name} is not supported with packed sequences. Pad them to (batch, seqlen, "
+                               f"nheads, headdim) and call flash_attn_func, where seqused_k or a bool "
+                               f"attn_mask hides the padding.")
+    if isinstance(attn_mask, Tensor) and attn_mask.is_floating_point():
+        if attn_bias is not None:
+            raise ArgumentValueError("attn_bias and a float attn_mask are both added to the scores: pass "
+                                     "their sum as attn_bias, or a bool attn_mask.")
+        attn_bias, attn_mask = attn_mask, None
+    shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if attn_bias is not None:
+        if isinstance(attn_bias, Tensor) and attn_bias.dtype not in _backend.DTYPES:
+            raise ArgumentTypeError(f"attn_bias has dtype {attn_bias.dtype}; only float16, bfloat16, float32 "
+                                    f"and float64 are supported. A bool tensor goes to attn_mask.")
+        attn_bias = _prepared_score_tensor("attn_bias", attn_bias, shape, q.device)
+    if attn_mask is not None:
+        if isinstance(attn_mask, Tensor) and attn_mask.dtype is not torch.bool:
+            raise ArgumentTypeError(f"attn_mask must have dtype torch.bool (True: visible) or a float dtype "
+                                    f"(added to the scores); it has {attn_mask.dtype}. Convert it: "
+                                    f"attn_mask.bool().")
+        attn_mask = _prepared_score_tensor("attn_mask", attn_mask, shape, q.device)
+    return attn_bias, attn_mask
+
+
+def _prepared_score_tensor(name, x, shape, device):
+    if not isinstance(x, Tensor):
+        raise ArgumentTypeError(f"{name} must be a torch.Tensor; it is a {type(x).__name__}.")
+    if x.device != device:
+        raise ArgumentValueError(f"{name} must be on {device}, as q; it is on {x.device}. "
+                                 f"Move it: {name}.to(q.device).")
+    missing = 4 - x.dim()
+    if missing < 0 or any([n != 1 and n != full for n, full in zip(x.shape, shape[missing:])]):
+        raise ArgumentValueError(f"{name} must be broadcastable to (batch, nheads, seqlen_q, seqlen_k) = "
+                                 f"{shape}; it has shape {tuple(x.shape)}.")
+    if 0 in x.stride():
+        x = _unexpanded(x)
+    return x.view((1,) * missing + x.shape) if missing else x
+
+
+def _unexpanded(x):
+    """x with expanded dimensions cut down to size 1, so that its gradient is as small.
+
+    Autograd's own way there, through the view that was expanded, would fill a tensor of the expanded shape:
+    the tensor whose memory x shows takes the gradient instead. Where there is none (x is a leaf, say), every
+    element of x has a gradient of its own, and x stays as it is."""
+    size, stride = [1 if step == 0 else n for n, step in zip(x.shape, x.stride())], x.stride()
+    if not x.requires_grad or not torch.is_grad_enabled():
+        return x.as_strided(size, stride)
+    owner = x._base
+    if x.is_leaf or owner is None or not owner.requires_grad or owner.dtype is not x.dtype \
+            or 0 in owner.stride():
+        return x
+    return owner.as_strided(size, stride, x.storage_offset())
 
 
 def _check_operand(name, x, dtype, shapes, device, contiguous=True):

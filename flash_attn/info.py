@@ -50,4 +50,5 @@ def _choices(tensors, options):
 
 
 _DEFAULTS = dict(dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-                 alibi_slopes=None, deterministic=False, seqused_k=None, rng_state=None, packing=None)
+                 alibi_slopes=None, deterministic=False, seqused_k=None, rng_state=None, attn_bias=None,
+                 attn_mask=None, packing=None)

@@ -2,7 +2,9 @@
 
     s_ij  = scale * (q_i . k_j)                           then softcap * tanh(s_ij / softcap)   if softcap > 0
     s_ij -= slope_h * |i + sk - sq - j|                   if alibi_slopes
+    s_ij += bias_ij                                       if attn_bias; -inf hides j from i
     j is visible to i  <=>  i + sk - sq - left <= j <= i + sk - sq + right      (causal: right = 0)
+                            and mask_ij                   if attn_mask
     lse_i = log sum_{visible j} exp(s_ij)
     o_i   = sum_{visible j} Z_ij exp(s_ij - lse_i) v_j
 
@@ -18,12 +20,19 @@ _UINT32 = 0xFFFFFFFF
 
 
 def attention(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-              alibi_slopes=None, *, seqused_k=None, rng_state=None):
-    """q (b, sq, h, d), k (b, sk, hk, d), v (b, sk, hk, dv)  ->  out (b, sq, h, dv), lse (b, h, sq)."""
+              alibi_slopes=None, *, seqused_k=None, rng_state=None, attn_bias=None, attn_mask=None):
+    """q (b, sq, h, d), k (b, sk, hk, d), v (b, sk, hk, dv)  ->  out (b, sq, h, dv), lse (b, h, sq).
+
+    attn_bias and attn_mask broadcast to (b, h, sq, sk); a float attn_mask is a bias."""
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_bias, attn_mask = attn_mask, None
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, rng_state)
     if seqused_k is None or q.shape[0] == 0:
-        return _attend(q, k, v, 0, *options)
-    each = [_attend(q[b:b + 1], k[b:b + 1, :used], v[b:b + 1, :used], b, *options)
+        return _attend(q, k, v, 0, *options, attn_bias, attn_mask)
+    shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    bias, mask = (None if x is None else x.expand(shape) for x in (attn_bias, attn_mask))
+    each = [_attend(q[b:b + 1], k[b:b + 1, :used], v[b:b + 1, :used], b, *options,
+                    *(None if x is None else x[b:b + 1, ..., :used] for x in (bias, mask)))
             for b, used in enumerate(seqused_k.tolist())]
     return torch.cat([out for out, _ in each]), torch.cat([lse for _, lse in each])
 
@@ -53,17 +62,17 @@ def sequences(cu_seqlens_q, cu_seqlens_k, seqused_k=None):
 
 
 def _attend(q, k, v, first_sequence, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-            rng_state):
+            rng_state, bias=None, mask=None):
     """Sequences first_sequence, first_sequence + 1, ... of the batch, all of one length."""
     p, lse = probabilities(q, k, softmax_scale, causal, window_size, softcap,
-                           _slopes_of(alibi_slopes, first_sequence, q.shape[0]))
+                           _slopes_of(alibi_slopes, first_sequence, q.shape[0]), bias, mask)
     if dropout_p > 0:
         p = p * dropout_mask(rng_state, dropout_p, p.shape, first_sequence).to(p.dtype)
     return torch.einsum("bhij,bjhc->bihc", p, _per_query_head(v, q.shape[2])), lse
 
 
 def probabilities(q, k, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-                  alibi_slopes=None):
+                  alibi_slopes=None, attn_bias=None, attn_mask=None):
     """exp(s_ij - lse_i), 0 where j is hidden from i, as (b, h, sq, sk); and lse (b, h, sq)."""
     sq, sk, d = q.shape[1], k.shape[1], q.shape[3]
     scale = d ** -0.5 if softmax_scale is None else softmax_scale
@@ -73,11 +82,15 @@ def probabilities(q, k, softmax_scale=None, causal=False, window_size=(-1, -1), 
     if alibi_slopes is not None:
         distance = _distance(sq, sk, q.device).abs().to(s.dtype)
         s = s - alibi_slopes.to(s.dtype)[..., None, None] * distance
+    if attn_bias is not None:
+        s = s + attn_bias.to(s.dtype)
 
-    hidden = ~visible(sq, sk, causal, window_size, q.device)
+    hidden = ~visible(sq, sk, causal, window_size, q.device) | s.isneginf()
+    if attn_mask is not None:
+        hidden = hidden | ~attn_mask
     empty = hidden.all(-1, keepdim=True)                    # such a row of s becomes 0, a finite stand-in
     s = s.masked_fill(hidden, -torch.inf).masked_fill(empty, 0)
-    lse = torch.logsumexp(s.to(_lse_dtype(s.dtype)), -1).masked_fill(empty[:, 0], -torch.inf)
+    lse = torch.logsumexp(s.to(_lse_dtype(s.dtype)), -1).masked_fill(empty[..., 0], -torch.inf)
     return torch.softmax(s, -1).masked_fill(empty, 0), lse
 
 

@@ -14,7 +14,7 @@ from problem import DTYPES, Problem
 TAIL = ["dropout_p=0.0", "softmax_scale=None", "causal=False", "window_size=(-1, -1)", "softcap=0.0",
         "alibi_slopes=None", "deterministic=False", "return_attn_probs=False"]
 LENGTHS = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
-OURS = ["seqused_k=None", "rng_state=None"]             # keyword-only
+OURS = ["seqused_k=None", "rng_state=None", "attn_bias=None", "attn_mask=None"]             # keyword-only
 SIGNATURES = {
     "flash_attn_func": ["q", "k", "v", *TAIL],
     "flash_attn_kvpacked_func": ["q", "kv", *TAIL],

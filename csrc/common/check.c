@@ -145,6 +145,39 @@ static enum fa_status check_tensors(enum fa_pass pass, const struct fa_params *p
     return status;
 }
 
+/* A tensor over the scores. Where it has stride 0 it is shared, also when written. */
+static enum fa_status check_score_tensor(const char *name, const struct fa_scores *t, size_t element,
+                                         const struct fa_params *p, struct fa_error *error)
+{
+    double reach = (double)(p->b - 1) * fabs((double)t->stride_b) + (double)(p->h - 1) * fabs((double)t->stride_h)
+                 + (double)(p->sq - 1) * fabs((double)t->stride_q) + (double)(p->sk - 1) * fabs((double)t->stride_k);
+    if (!t->ptr) return FA_OK;
+    if (p->cu_q || p->cu_k)
+        REFUSE("%s is not supported with packed sequences; pad them, and hide the padding by seqused_k or a mask", name);
+    if ((uintptr_t)t->ptr % element)
+        REFUSE("%s must be aligned to its element size of %d bytes, got address %p", name, (int)element, t->ptr);
+    if (reach > LARGEST_EXTENT)
+        REFUSE("%s must reach no further than 2^56 elements, got strides (%lld, %lld, %lld, %lld)", name,
+               LONG(t->stride_b), LONG(t->stride_h), LONG(t->stride_q), LONG(t->stride_k));
+    return FA_OK;
+}
+
+static enum fa_status check_scores(enum fa_pass pass, const struct fa_params *p, struct fa_error *error)
+{
+    enum fa_status status = check_score_tensor("attn_mask", &p->mask, 1, p, error);
+    if (status || (!p->bias.ptr && !p->dbias.ptr)) return status;
+    if ((int)p->bias.dtype < FA_FLOAT32 || (int)p->bias.dtype > FA_FLOAT64)
+        REFUSE("the dtype of attn_bias must be float32, float16, bfloat16 or float64 (0 to 3), got %d",
+               (int)p->bias.dtype);
+    status = check_score_tensor("attn_bias", &p->bias, fa_sizeof(p->bias.dtype), p, error);
+    if (status || pass == FA_FORWARD || !p->dbias.ptr) return status;
+    if (!p->bias.ptr) REFUSE("the gradient of attn_bias needs attn_bias, got none");
+    if (p->dbias.dtype != p->bias.dtype)
+        REFUSE("the gradient of attn_bias must have its dtype (%d), got %d", (int)p->bias.dtype,
+               (int)p->dbias.dtype);
+    return check_score_tensor("the gradient of attn_bias", &p->dbias, fa_sizeof(p->bias.dtype), p, error);
+}
+
 static enum fa_status check_dmask(enum fa_pass pass, const struct fa_params *p, struct fa_error *error)
 {
     if (pass != FA_FORWARD || !p->s_dmask) return FA_OK;
@@ -210,7 +243,7 @@ static enum fa_status check_host_sequences(enum fa_pass pass, const struct fa_pa
 enum fa_status fa_check(enum fa_pass pass, const struct fa_params *p, struct fa_error *error)
 {
     static enum fa_status (*const rules[])(enum fa_pass, const struct fa_params *, struct fa_error *) = {
-        check_kind, check_sizes, check_scalars, check_tensors, check_dmask, check_host_sequences,
+        check_kind, check_sizes, check_scalars, check_tensors, check_scores, check_dmask, check_host_sequences,
     };
     enum fa_status status = FA_OK;
     for (size_t n = 0; !status && n < sizeof rules / sizeof *rules; n++) status = rules[n](pass, p, error);

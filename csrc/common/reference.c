@@ -5,6 +5,7 @@
  *     forward     lse_i = log sum_j exp(s_ij)        P_ij = exp(s_ij - lse_i)       o_i = sum_j Z_ij P_ij v_j
  *     backward    delta_i = dout_i . o_i - dlse_i    dS_ij = P_ij (Z_ij dout_i . v_j - delta_i) s'_ij
  *                 dv_j = sum_i Z_ij P_ij dout_i      dq_i = sum_j dS_ij k_j         dk_j = sum_i dS_ij q_i
+ *                 dbias = sum of dS_ij / s'_ij over the scores that share an element of it
  *
  * with j over the visible keys of i and s'_ij the derivative of s_ij by q_i . k_j. Backward takes P from the
  * lse it is given, so that out and lse may come from a merge of several calls; an infinite lse of either sign
@@ -51,7 +52,12 @@ static double dot(enum fa_dtype dtype, const void *x, int64_t at_x, const void *
 /* s_ij and its derivative by q_i . k_j. */
 struct score { double value, slope; };
 
-/* The one place where scores are modified: bias and masks belong here, a hidden key being a value of -inf. */
+static int64_t at_score(const struct row *r, const struct fa_scores *t, int64_t j)
+{
+    return r->b * t->stride_b + r->head * t->stride_h + r->i * t->stride_q + j * t->stride_k;
+}
+
+/* The one place where scores are modified: a key that the mask hides has a value of -inf. */
 static struct score score_of(const struct row *r, int64_t j)
 {
     const struct fa_params *p = r->p;
@@ -66,6 +72,8 @@ static struct score score_of(const struct row *r, int64_t j)
         int64_t distance = r->i + r->sequence.sk - r->sequence.sq - j;
         s.value -= (double)p->alibi[r->b * p->alibi_stride_b + r->head] * fabs((double)distance);
     }
+    if (p->bias.ptr) s.value += fa_load(p->bias.dtype, p->bias.ptr, at_score(r, &p->bias, j));
+    if (p->mask.ptr && !((const uint8_t *)p->mask.ptr)[at_score(r, &p->mask, j)]) s.value = -INFINITY;
     return s;
 }
 
@@ -130,15 +138,33 @@ static enum fa_status forward(const struct fa_params *p, struct fa_error *error)
 /* Gradients in double: of all keys of one kv head, (sk, d) and (sk, d_v), and of one query, (d,). */
 struct gradients { double *dk, *dv, *dq; };
 
+static double load_lse(const struct row *r)
+{
+    return fa_load(fa_lse_dtype(r->p->dtype), r->p->lse.ptr, at_query(r, &r->p->lse));
+}
+
+static double delta_of(const struct row *r)
+{
+    const struct fa_params *p = r->p;
+    double delta = dot(p->dtype, p->dout.ptr, at_query(r, &p->dout), p->out.ptr, at_query(r, &p->out), p->d_v);
+    return p->dlse.ptr ? delta - fa_load(fa_lse_dtype(p->dtype), p->dlse.ptr, at_query(r, &p->dlse)) : delta;
+}
+
+/* P_ij (Z_ij dout_i . v_j - delta_i), the gradient of a score whose P_ij is `probability`. */
+static double score_gradient(const struct row *r, int64_t j, double probability, double delta)
+{
+    const struct fa_params *p = r->p;
+    double dp = dot(p->dtype, p->dout.ptr, at_query(r, &p->dout), p->v.ptr, at_key(r, &p->v, j), p->d_v);
+    return probability * (dropout_of(r, j) * dp - delta);
+}
+
 static void backward_key(const struct row *r, int64_t j, double lse, double delta, const struct gradients *g)
 {
     const struct fa_params *p = r->p;
-    int64_t q = at_query(r, &p->q), dout = at_query(r, &p->dout);
-    int64_t k = at_key(r, &p->k, j), v = at_key(r, &p->v, j);
+    int64_t q = at_query(r, &p->q), dout = at_query(r, &p->dout), k = at_key(r, &p->k, j);
     struct score s = score_of(r, j);
     double probability = exp(s.value - lse), z = dropout_of(r, j);
-    double dp = z * dot(p->dtype, p->dout.ptr, dout, p->v.ptr, v, p->d_v);
-    double ds = probability * (dp - delta) * s.slope;
+    double ds = score_gradient(r, j, probability, delta) * s.slope;
     for (int64_t c = 0; c < p->d; c++) {
         g->dq[c] += ds * fa_load(p->dtype, p->k.ptr, k + c);
         g->dk[j * p->d + c] += ds * fa_load(p->dtype, p->q.ptr, q + c);
@@ -150,11 +176,7 @@ static void backward_key(const struct row *r, int64_t j, double lse, double delt
 static void backward_row(const struct row *r, const struct gradients *g)
 {
     const struct fa_params *p = r->p;
-    enum fa_dtype lse_dtype = fa_lse_dtype(p->dtype);
-    double lse = fa_load(lse_dtype, p->lse.ptr, at_query(r, &p->lse));
-    int64_t dout = at_query(r, &p->dout), out = at_query(r, &p->out);
-    double delta = dot(p->dtype, p->dout.ptr, dout, p->out.ptr, out, p->d_v);
-    if (p->dlse.ptr) delta -= fa_load(lse_dtype, p->dlse.ptr, at_query(r, &p->dlse));
+    double lse = load_lse(r), delta = delta_of(r);
     memset(g->dq, 0, (size_t)p->d * sizeof *g->dq);
     for (int64_t j = r->keys.first; j < r->keys.last && !isinf(lse); j++)
         backward_key(r, j, lse, delta, g);
@@ -181,6 +203,49 @@ static void backward_kv_head(const struct fa_params *p, int64_t b, int64_t kv_he
     }
 }
 
+/* One index of dbias: `elements` along it, each shared by `each` scores. */
+struct axis { int64_t elements, each, stride; };
+
+static struct axis axis_of(int64_t stride, int64_t size)
+{
+    return stride ? (struct axis){ size, 1, stride } : (struct axis){ 1, size, 0 };
+}
+
+struct score_index { int64_t b, head, i, j; };
+
+/* Sum of the gradients of the scores from `from` to below `to`. */
+static double bias_gradient(const struct fa_params *p, struct score_index from, struct score_index to)
+{
+    double sum = 0;
+    for (int64_t b = from.b; b < to.b; b++)
+        for (int64_t head = from.head; head < to.head; head++)
+            for (int64_t i = from.i; i < to.i; i++) {
+                struct row r = row_of(p, b, head, i);
+                double lse = load_lse(&r), delta = delta_of(&r);
+                int64_t first = from.j > r.keys.first ? from.j : r.keys.first;
+                int64_t last = to.j < r.keys.last ? to.j : r.keys.last;
+                for (int64_t j = first; j < last && !isinf(lse); j++)
+                    sum += score_gradient(&r, j, exp(score_of(&r, j).value - lse), delta);
+            }
+    return sum;
+}
+
+static void backward_bias(const struct fa_params *p)
+{
+    const struct fa_scores *t = &p->dbias;
+    const struct axis ab = axis_of(t->stride_b, p->b), ah = axis_of(t->stride_h, p->h);
+    const struct axis aq = axis_of(t->stride_q, p->sq), ak = axis_of(t->stride_k, p->sk);
+    for (int64_t b = 0; b < ab.elements; b++)
+        for (int64_t head = 0; head < ah.elements; head++)
+            for (int64_t i = 0; i < aq.elements; i++)
+                for (int64_t j = 0; j < ak.elements; j++) {
+                    struct score_index from = { b, head, i, j };
+                    struct score_index to = { b + ab.each, head + ah.each, i + aq.each, j + ak.each };
+                    int64_t at = b * ab.stride + head * ah.stride + i * aq.stride + j * ak.stride;
+                    fa_store(t->dtype, t->ptr, at, bias_gradient(p, from, to));
+                }
+}
+
 static enum fa_status backward(const struct fa_params *p, struct fa_error *error)
 {
     (void)error;
@@ -188,6 +253,7 @@ static enum fa_status backward(const struct fa_params *p, struct fa_error *error
     struct gradients g = { dk, dv, dv + p->sk * p->d_v };
     for (int64_t b = 0; b < p->b; b++)
         for (int64_t kv_head = 0; kv_head < p->hk; kv_head++) backward_kv_head(p, b, kv_head, &g);
+    if (p->dbias.ptr) backward_bias(p);
     fa_fill_outside(FA_BACKWARD, p);
     return FA_OK;
 }
@@ -202,7 +268,7 @@ static int64_t workspace(enum fa_pass pass, const struct fa_params *p)
 static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_error *why)
 {
     (void)pass;
-    if (p->dtype == FA_FLOAT64 || fa_is_pinned(fa_kernel_reference.name)) return true;
+    if (p->dtype == FA_FLOAT64 || p->bias.ptr || p->mask.ptr || fa_is_pinned(fa_kernel_reference.name)) return true;
     fa_fail(why, FA_UNSUPPORTED,
             "serves float64 only; FLASH_ATTN_KERNEL=reference lets it take any type, slowly");
     return false;

@@ -58,7 +58,7 @@ static const struct bucket *bucket_of(const struct fa_params *p)
     return bucket;
 }
 
-static bool has_score_mod(const struct fa_params *p)
+bool fa_cuda_has_score_mod(const struct fa_params *p)
 {
     return p->softcap > 0 || p->alibi || p->scale <= 0;
 }
@@ -66,11 +66,11 @@ static bool has_score_mod(const struct fa_params *p)
 enum fa_variant fa_cuda_variant(const struct fa_params *p)
 {
     if (fa_keep256(p->dropout_p) < 256) return FA_DROPOUT;
-    return has_score_mod(p) ? FA_SCORE_MOD : FA_PLAIN;
+    return fa_cuda_has_score_mod(p) ? FA_SCORE_MOD : FA_PLAIN;
 }
 
 /* Shared memory that a block may take: the device's, or less where FLASH_ATTN_SMEM_KB pretends a smaller device. */
-static int shared_limit(const struct fa_cuda_device *device)
+int fa_cuda_shared_limit(const struct fa_cuda_device *device)
 {
     const char *text = getenv("FLASH_ATTN_SMEM_KB");
     const int64_t pretended = text ? strtol(text, NULL, 10) : 0;
@@ -83,7 +83,7 @@ static const struct fa_cuda_kernel *find_kernel(enum fa_pass pass, const struct 
     fa_cuda_find *find = pass == FA_FORWARD ? bucket_of(p)->forward : bucket_of(p)->backward;
     for (int small = 0; small < 2; small++) {
         const struct fa_cuda_kernel *kernel = find(p->dtype, fa_cuda_variant(p), small);
-        if (kernel->shared_bytes <= shared_limit(device)) return kernel;
+        if (kernel->shared_bytes <= fa_cuda_shared_limit(device)) return kernel;
     }
     return NULL;
 }
@@ -105,7 +105,7 @@ struct fa_cuda_args fa_cuda_arguments(const struct fa_params *p)
         .p = *p, .group = (int)(p->h / p->hk),
         .window_left = window_of(p->window_left), .window_right = window_of(p->window_right),
         .scale = (float)p->scale, .softcap = (float)p->softcap,
-        .score_mod = has_score_mod(p), .exponent_scale = (float)(has_score_mod(p) ? LOG2E : p->scale * LOG2E),
+        .score_mod = fa_cuda_has_score_mod(p), .exponent_scale = (float)(fa_cuda_has_score_mod(p) ? LOG2E : p->scale * LOG2E),
         .keep256 = keep256, .kept = 256.0f / (float)keep256,
         .aligned_q = is_aligned(p, &p->q), .aligned_k = is_aligned(p, &p->k), .aligned_v = is_aligned(p, &p->v),
         .aligned_out = is_aligned(p, &p->out), .aligned_dout = is_aligned(p, &p->dout), .aligned_dq = is_aligned(p, &p->dq),
@@ -292,6 +292,10 @@ static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_err
         fa_fail(why, FA_UNSUPPORTED, "serves float32, float16 and bfloat16; cast q, k and v, or pass CPU tensors");
         return false;
     }
+    if (p->bias.ptr || p->mask.ptr) {
+        fa_fail(why, FA_UNSUPPORTED, "takes no attn_bias or attn_mask yet; pass CPU tensors");
+        return false;
+    }
     if (fa_cuda_check_sizes(p, why) || !(device = fa_cuda_device(p->device_index, why))) return false;
     if (device->capability < SMALLEST_CAPABILITY) {
         fa_fail(why, FA_UNSUPPORTED, "needs a GPU of compute capability 8.0 or more, cuda:%d has %d.%d; pass CPU tensors",
@@ -300,7 +304,7 @@ static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_err
     }
     if (find_kernel(pass, p, device)) return true;
     fa_fail(why, FA_UNSUPPORTED, "needs more than the %d KB of shared memory that a block may take on cuda:%d "
-            "(FLASH_ATTN_SMEM_KB lowers it); pass CPU tensors", shared_limit(device) >> 10, (int)p->device_index);
+            "(FLASH_ATTN_SMEM_KB lowers it); pass CPU tensors", fa_cuda_shared_limit(device) >> 10, (int)p->device_index);
     return false;
 }
 

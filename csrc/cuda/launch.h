@@ -20,9 +20,13 @@ typedef const struct fa_cuda_kernel *fa_cuda_helper(enum fa_dtype dtype);
 
 fa_cuda_helper fa_cuda_fill_forward, fa_cuda_fill_backward, fa_cuda_combine, fa_cuda_dmask, fa_cuda_prepare, fa_cuda_convert;
 
+struct fa_cuda_device;
+
 /* What the kernel families share: how a call becomes arguments, and how it is launched. None of it waits for the device. */
+bool fa_cuda_has_score_mod(const struct fa_params *p);
 enum fa_variant fa_cuda_variant(const struct fa_params *p);
 struct fa_cuda_args fa_cuda_arguments(const struct fa_params *p);
+int fa_cuda_shared_limit(const struct fa_cuda_device *device);
 enum fa_status fa_cuda_check_sizes(const struct fa_params *p, struct fa_error *why);
 
 /* One kernel over a grid of blocks x splits; a helper over `rows` rows of every head; a fill kernel. Nothing where blocks = 0. */

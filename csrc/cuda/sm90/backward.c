@@ -14,11 +14,25 @@ static const struct bucket { int channels; fa_sm90_find_backward *find; } bucket
     { 256, fa_sm90_backward_256 },
 };
 
+static const struct bucket *bucket_of(const struct fa_params *p)
+{
+    const int64_t channels = p->d > p->d_v ? p->d : p->d_v;
+    const struct bucket *bucket = buckets;
+    while (bucket->channels < channels) bucket++;
+    return bucket;
+}
+
 struct plan {
     const struct fa_cuda_kernel *kernel;
     struct fa_sm90_backward_args args;
     int64_t bytes;
 };
+
+const struct fa_cuda_kernel *fa_sm90_backward_kernel(const struct fa_params *p)
+{
+    const struct fa_cuda_args a = fa_cuda_arguments(p);
+    return bucket_of(p)->find(p->dtype, a.score_mod, a.keep256 < 256);
+}
 
 /* Heads that share L2: those whose q, dout and dq_accum fill SECTION_BYTES. */
 static int section_of(const struct fa_cuda_args *a)
@@ -30,13 +44,10 @@ static int section_of(const struct fa_cuda_args *a)
 
 static void make_plan(const struct fa_params *p, struct plan *plan)
 {
-    const int64_t channels = p->d > p->d_v ? p->d : p->d_v;
-    const struct bucket *bucket = buckets;
     struct fa_cuda_args *a = &plan->args.a;
-    while (bucket->channels < channels) bucket++;
     *a = fa_cuda_arguments(p);
-    a->d_bucket = bucket->channels;
-    plan->kernel = bucket->find(p->dtype, a->score_mod, a->keep256 < 256);
+    a->d_bucket = bucket_of(p)->channels;
+    plan->kernel = fa_sm90_backward_kernel(p);
     a->m_tiles = (int)((p->sq + plan->kernel->block_m - 1) / plan->kernel->block_m);
     a->n_tiles = (int)((p->sk + plan->kernel->block_n - 1) / plan->kernel->block_n);
     plan->bytes = fa_cuda_plan_backward(a);

@@ -12,15 +12,18 @@ enum { COUNTER_BYTES = 128, SECTION_BYTES = 32 << 20 };
 
 static int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
-static const struct fa_cuda_kernel *find_kernel(const struct fa_params *p)
+const struct fa_cuda_kernel *fa_sm90_forward_kernel(const struct fa_params *p)
 {
-    static const struct { int channels; fa_sm90_find *find; } buckets[] = {
-        { 64, fa_sm90_forward_64 }, { 96, fa_sm90_forward_96 }, { 128, fa_sm90_forward_128 }, { 192, fa_sm90_forward_192 },
-        { 256, fa_sm90_forward_256 } };
+    static const struct { int channels; fa_sm90_find *fp16, *bf16; } buckets[] = {
+        {  64, fa_sm90_forward_fp16_64,  fa_sm90_forward_bf16_64 },
+        {  96, fa_sm90_forward_fp16_96,  fa_sm90_forward_bf16_96 },
+        { 128, fa_sm90_forward_fp16_128, fa_sm90_forward_bf16_128 },
+        { 192, fa_sm90_forward_fp16_192, fa_sm90_forward_bf16_192 },
+        { 256, fa_sm90_forward_fp16_256, fa_sm90_forward_bf16_256 } };
     const int64_t channels = p->d > p->d_v ? p->d : p->d_v;
     int n = 0;
     while (buckets[n].channels < channels) n++;
-    return buckets[n].find(p->dtype, fa_cuda_variant(p));
+    return (p->dtype == FA_FLOAT16 ? buckets[n].fp16 : buckets[n].bf16)(fa_cuda_variant(p));
 }
 
 static bool is_bounded(const struct fa_params *p) { return p->window_left >= 0 || p->window_right >= 0; }
@@ -59,7 +62,7 @@ static enum fa_status describe(const struct fa_params *p, const struct fa_cuda_k
 
 static enum fa_status run(const struct fa_params *p, const struct fa_cuda_device *device, struct fa_error *error)
 {
-    const struct fa_cuda_kernel *kernel = find_kernel(p);
+    const struct fa_cuda_kernel *kernel = fa_sm90_forward_kernel(p);
     struct fa_sm90_forward_args f = { .a = fa_cuda_arguments(p) };
     f.a.m_tiles = (int)blocks_of(p->sq, kernel->block_m);
     f.a.n_tiles = (int)blocks_of(p->sk, kernel->block_n);

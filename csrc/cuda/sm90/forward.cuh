@@ -194,7 +194,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     const fa_cuda_args &a;
     const uint32_t shared;
     const int group, warp, lane;
-    forward_tile_info tile;
+    int n_first, n_last;                        /* key blocks [first, last) of the tile at hand */
     int keys, values, tiles;                    /* places used so far in the rings of K and V; tiles begun */
 
     float s[S_COUNT];                           /* (64, BLOCK_N) */
@@ -205,14 +205,15 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     __device__ __forceinline__ forward_consumer(const fa_cuda_args &args, uint32_t smem)
         : a(args), shared(smem), group(__shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), keys(0), values(0), tiles(0) {}
 
+    /* d 256 has no registers for score mods beside dropout: kernel.c refuses such calls. */
+    __device__ __forceinline__ bool modifies() const { return (VARIANT != FA_DROPOUT || D < 256) && has_score_mod<VARIANT>(a); }
     __device__ __forceinline__ uint32_t barrier(int n) const { return shared + shape::BARRIERS_AT + 8 * n; }
     __device__ __forceinline__ void release(int n) { if (lane == 0) mbarrier_arrive(barrier(n)); }
-    __device__ __forceinline__ int query(int half) const { return tile.i0 + group * 64 + warp * 16 + half * 8 + lane / 4; }
 
     /* The n-th tile of the stream; its place is taken again when n has long been stored. */
     __device__ __forceinline__ forward_tile_info info(int n) const
     {
-        const uint32_t at = shared + shape::INFO_AT + n % shape::INFOS * sizeof tile;
+        const uint32_t at = shared + shape::INFO_AT + n % shape::INFOS * sizeof(forward_tile_info);
         const uint4 x = load_shared_16(at), y = load_shared_16(at + 16);
         return { (int)x.x, (int)x.y, (int)x.z, (int)x.w, (int)y.x, (int)y.y, (int)y.z, (int)y.w };
     }
@@ -221,11 +222,17 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     {
         const int stage = tiles % Q_STAGES, parity = tiles / Q_STAGES & 1;
         mbarrier_wait(barrier(shape::Q_FULL + stage), parity);
-        tile = info(tiles);
-        tiles++;
-        return tile.b >= 0;
+        const forward_tile_info t = info(tiles++);
+        n_first = t.n_first, n_last = t.n_last;
+        return t.b >= 0;
     }
-    __device__ __forceinline__ sequence current() const { return { tile.q0, 0, tile.sq, tile.sk, tile.sq, tile.sk }; }
+    /* Lengths and first query of the tile at hand, read anew: kept over the main loop they would cost registers. */
+    __device__ __forceinline__ sequence current(int &i0) const
+    {
+        const forward_tile_info t = info(tiles - 1);
+        i0 = t.i0;
+        return { t.q0, 0, t.sq, t.sk, t.sq, t.sk };
+    }
 
     /* S = Q K^T of the next key block. */
     __device__ __forceinline__ void issue_scores()
@@ -254,27 +261,29 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     __device__ __forceinline__ void clear_tail(int left)
     {
         const uint32_t v = shared + shape::V_AT + values % STAGES * shape::KV_BYTES;
-        for (int at = max(left, 0) * 8 + threadIdx.x % 128; at < BLOCK_N * 8; at += 128)
+        const int thread = thread_anew();
+        for (int at = max(left, 0) * 8 + thread % 128; at < BLOCK_N * 8; at += 128)
             #pragma unroll
             for (int panel = 0; panel < PANELS; panel++) store_shared_16(v + panel * BLOCK_N * 128 + at * 16, make_uint4(0, 0, 0, 0));
         fence_proxy_async();
-        barrier_sync(8 + group, 128);
+        barrier_sync(7 + thread / 128, 128);
     }
     __device__ __forceinline__ bool has_tail(int n) const
     {
-        return (a.p.cu_k || a.p.seqused_k) && (n + 1) * BLOCK_N > tile.sk;
+        return (a.p.cu_k || a.p.seqused_k) && (n + 1) * BLOCK_N > info(tiles - 1).sk;
     }
 
     /* Score mods, then -inf where row and column do not see each other. j0: key of column 0. */
     template <bool MASKED> __device__ __forceinline__ void modify(int n)
     {
-        const sequence seq = current();
+        int i0;
+        const sequence seq = current(i0);
         const int j0 = n * BLOCK_N + lane % 4 * 2;
-        const float slope = has_score_mod<VARIANT>(a) ? alibi_slope(a, info(tiles - 1).b, info(tiles - 1).head) : 0.0f;
+        const float slope = modifies() ? alibi_slope(a, info(tiles - 1).b, info(tiles - 1).head) : 0.0f;
         #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int i = query(half), diagonal = i + seq.sk - seq.sq;
-            if (has_score_mod<VARIANT>(a)) {
+            const int i = i0 + group * 64 + warp * 16 + half * 8 + lane / 4, diagonal = i + seq.sk - seq.sq;
+            if (modifies()) {
                 #pragma unroll
                 for (int x = 0; x < 2 * NT; x++) {
                     float unused, &score = s[x / 2 * 4 + 2 * half + x % 2];
@@ -344,7 +353,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         static_assert(VARIANT != FA_DROPOUT || PIECES % 2 == 0, "pieces are drawn in pairs");
         uint64_t seed = a.p.rng[0];
         asm volatile("" : "+l"(seed));              /* else a loop keeps the keys of all rounds in registers: spills */
-        const uint32_t batch_head = info(tiles - 1).b * (int)a.p.h + info(tiles - 1).head, row = (tile.i0 + group * 64 + warp * 16) / 16;
+        const uint32_t batch_head = info(tiles - 1).b * (int)a.p.h + info(tiles - 1).head, row = (info(tiles - 1).i0 + group * 64 + warp * 16) / 16;
         const uint32_t piece_i[2] = { row, row };
         #pragma unroll
         for (int at = 0; at < PIECES; at += 2) {
@@ -433,7 +442,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         wgmma_result(s);
         release(shape::K_EMPTY + keys % STAGES);
         keys++;
-        if (Q_STAGES == 1 && n == tile.n_first) release(shape::Q_EMPTY);
+        if (Q_STAGES == 1 && n == n_first) release(shape::Q_EMPTY);
     }
 
     /* The scores of key block n beside the products of the block before, whose P is in registers. */
@@ -443,7 +452,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         float alpha[2];
         if (MASKED && has_tail(n + 1)) {
             wait_v();
-            clear_tail(tile.sk - (n + 1) * BLOCK_N);
+            clear_tail(info(tiles - 1).sk - (n + 1) * BLOCK_N);
         }
         wait_k();
         turn();
@@ -456,7 +465,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         if (VARIANT == FA_DROPOUT) dropout_flags(flags, n);
         wgmma_wait<1>();
         scores_done(n);
-        if (MASKED || has_score_mod<VARIANT>(a)) modify<MASKED>(n);
+        if (MASKED || modifies()) modify<MASKED>(n);
         const bool moved = softmax<MASKED>(alpha);
         wgmma_wait<0>();
         wgmma_result(o);
@@ -474,9 +483,9 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
 
     __device__ __forceinline__ bool is_whole(int n) const
     {
-        const sequence seq = current();
-        const int i_end = min(tile.i0 + BLOCK_M, seq.sq) - 1;
-        return n * BLOCK_N >= first_key(a, seq, i_end) && (n + 1) * BLOCK_N <= last_key(a, seq, tile.i0);
+        int i0;
+        const sequence seq = current(i0);
+        return n * BLOCK_N >= first_key(a, seq, min(i0 + BLOCK_M, seq.sq) - 1) && (n + 1) * BLOCK_N <= last_key(a, seq, i0);
     }
     /* Softmax of a tile's first block. */
     __device__ __forceinline__ void begin_rows(int n)
@@ -485,7 +494,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         row_max[0] = row_max[1] = -INFINITY;
         row_sum[0] = row_sum[1] = 0.0f;
         if (!is_whole(n)) modify<true>(n);
-        else if (has_score_mod<VARIANT>(a)) modify<false>(n);
+        else if (modifies()) modify<false>(n);
         softmax<true>(unused);
     }
 
@@ -495,9 +504,9 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         uint32_t flags[PIECES][2];
         const int finished = tiles - 1;
         const float top[2] = { row_max[0], row_max[1] }, share[2] = { row_sum[0], row_sum[1] };
-        if (has_tail(tile.n_first)) {
+        if (has_tail(n_first)) {
             wait_v();
-            clear_tail(tile.sk - tile.n_first * BLOCK_N);
+            clear_tail(info(tiles - 1).sk - n_first * BLOCK_N);
         }
         if (!next_tile()) {
             turn();
@@ -510,7 +519,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             store(finished, top, share);
             return false;
         }
-        const int n = tile.n_last - 1;
+        const int n = n_last - 1;
         wait_k();
         turn();
         wgmma_fence();
@@ -540,22 +549,23 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         wait_k();
         wgmma_fence();
         issue_scores();
-        if (VARIANT == FA_DROPOUT) dropout_flags(flags, tile.n_last - 1);
+        if (VARIANT == FA_DROPOUT) dropout_flags(flags, n_last - 1);
         wgmma_wait<0>();
-        scores_done(tile.n_last - 1);
-        begin_rows(tile.n_last - 1);
+        scores_done(n_last - 1);
+        begin_rows(n_last - 1);
         pack_p(flags);
         bool more;
         do {
-            const sequence seq = current();
-            const int i_end = min(tile.i0 + BLOCK_M, seq.sq) - 1;
-            const int whole_first = (first_key(a, seq, i_end) + BLOCK_N - 1) / BLOCK_N, whole_last = max(last_key(a, seq, tile.i0), 0) / BLOCK_N;
+            int i0;
+            const sequence seq = current(i0);
+            const int whole_first = (first_key(a, seq, min(i0 + BLOCK_M, seq.sq) - 1) + BLOCK_N - 1) / BLOCK_N;
+            const int whole_last = max(last_key(a, seq, i0), 0) / BLOCK_N;
             bool accumulate = false;
-            int n = tile.n_last - 2;
+            int n = n_last - 2;
             /* The first step clears the tail, whether the block after is whole or not. */
-            while (n >= tile.n_first) {
-                for (; n >= tile.n_first && (n >= whole_last || n < whole_first || has_tail(n + 1)); n--) step<true>(n, accumulate), accumulate = true;
-                for (; n >= tile.n_first && n >= whole_first; n--) step<false>(n, accumulate), accumulate = true;
+            while (n >= n_first) {
+                for (; n >= n_first && (n >= whole_last || n < whole_first || has_tail(n + 1)); n--) step<true>(n, accumulate), accumulate = true;
+                for (; n >= n_first && n >= whole_first; n--) step<false>(n, accumulate), accumulate = true;
             }
             more = next(accumulate);
         } while (more);

@@ -1,25 +1,24 @@
-/* cuda/sm90/instance.cuh: FA_SM90_FORWARD(64) compiles the forward kernels of a head-dim bucket, both types and all variants, and
- * defines the function by which forward.c finds them. */
+/* cuda/sm90/instance.cuh: FA_SM90_FORWARD(bf16, FA_BFLOAT16, 64) compiles the forward kernels of a type and head-dim bucket, all
+ * variants, and defines the function by which forward.c finds them: fa_sm90_forward_bf16_64(variant). */
 #ifndef FA_SM90_INSTANCE_CUH
 #define FA_SM90_INSTANCE_CUH
 
 #include "forward.cuh"
 #include "kernels.h"
 
-#define FA_SM90_FORWARD_KERNEL(T, D, VARIANT) { \
-    (const void *)forward_kernel<T, D, VARIANT, sm90_forward_tile<D, VARIANT>>, \
-    forward_shape<D, sm90_forward_tile<D, VARIANT>>::THREADS, forward_shape<D, sm90_forward_tile<D, VARIANT>>::SHARED_BYTES, \
-    forward_shape<D, sm90_forward_tile<D, VARIANT>>::BLOCK_M, forward_shape<D, sm90_forward_tile<D, VARIANT>>::BLOCK_N, 1 }
+template <enum fa_dtype T, int D, enum fa_variant V> constexpr fa_cuda_kernel forward_facts()
+{
+    using shape = forward_shape<D, sm90_forward_tile<D, V>>;
+    return { (const void *)forward_kernel<T, D, V, sm90_forward_tile<D, V>>, shape::THREADS, shape::SHARED_BYTES,
+             shape::BLOCK_M, shape::BLOCK_N, 1 };
+}
 
-#define FA_SM90_FORWARD(D) \
-    extern "C" const struct fa_cuda_kernel *fa_sm90_forward_##D(enum fa_dtype dtype, enum fa_variant variant) \
+#define FA_SM90_FORWARD(type, T, D) \
+    extern "C" const struct fa_cuda_kernel *fa_sm90_forward_##type##_##D(enum fa_variant variant) \
     { \
-        static const struct fa_cuda_kernel kernels[2][FA_VARIANTS] = { \
-            { FA_SM90_FORWARD_KERNEL(FA_FLOAT16, D, FA_PLAIN), FA_SM90_FORWARD_KERNEL(FA_FLOAT16, D, FA_SCORE_MOD), \
-              FA_SM90_FORWARD_KERNEL(FA_FLOAT16, D, FA_DROPOUT) }, \
-            { FA_SM90_FORWARD_KERNEL(FA_BFLOAT16, D, FA_PLAIN), FA_SM90_FORWARD_KERNEL(FA_BFLOAT16, D, FA_SCORE_MOD), \
-              FA_SM90_FORWARD_KERNEL(FA_BFLOAT16, D, FA_DROPOUT) } }; \
-        return &kernels[dtype == FA_BFLOAT16][variant]; \
+        static const struct fa_cuda_kernel kernels[FA_VARIANTS] = { \
+            forward_facts<T, D, FA_PLAIN>(), forward_facts<T, D, FA_SCORE_MOD>(), forward_facts<T, D, FA_DROPOUT>() }; \
+        return &kernels[variant]; \
     }
 
 #endif
