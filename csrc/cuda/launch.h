@@ -27,6 +27,29 @@ fa_cuda_helper fa_cuda_fill_forward, fa_cuda_fill_backward, fa_cuda_combine, fa_
 /* The gradient of attn_bias, for every head dim, and the sum of its parts: see sm80/bias_gradient.cuh. */
 fa_cuda_helper fa_sm80_bias_gradient, fa_sm80_fp32_bias_gradient, fa_sm80_bias_parts;
 
+struct fa_cuda_device;
+
+/* What the kernel families share: how a call becomes arguments, and how it is launched. None of it waits for the device. */
+bool fa_cuda_has_score_mod(const struct fa_params *p);
+enum fa_variant fa_cuda_variant(const struct fa_params *p);
+struct fa_cuda_args fa_cuda_arguments(const struct fa_params *p);
+int fa_cuda_shared_limit(const struct fa_cuda_device *device);
+enum fa_status fa_cuda_check_sizes(const struct fa_params *p, struct fa_error *why);
+
+/* One kernel over a grid of blocks x splits; a helper over `rows` rows of every head; a fill kernel. Nothing where blocks = 0. */
+enum fa_status fa_cuda_launch(const char *name, const struct fa_cuda_kernel *kernel, int64_t blocks, int splits,
+                              const void *args, void *stream, struct fa_error *error);
+enum fa_status fa_cuda_launch_rows(const char *name, fa_cuda_helper *helper, int64_t rows, const struct fa_cuda_args *args,
+                                   struct fa_error *error);
+enum fa_status fa_cuda_launch_fill(fa_cuda_helper *helper, const struct fa_cuda_args *args, struct fa_error *error);
+
+/* The backward's pieces of the workspace, by the sizes and the d_bucket in `a`, behind *bytes, which grows; rows are padded to
+ * row_pad, the kernel's query tile. Then its launches: prepare | the kernel, over b hk n_tiles blocks and with `args` for its
+ * parameter | convert | bias gradient, if wanted | fill, if packed or seqused_k. */
+void fa_cuda_plan_backward(struct fa_cuda_args *a, int row_pad, int64_t *bytes);
+enum fa_status fa_cuda_run_backward(const struct fa_cuda_kernel *kernel, const void *args, const struct fa_cuda_args *a,
+                                    struct fa_error *error);
+
 /* One head-dim bucket of a pass; `small` finds the tile for devices with little shared memory. */
 typedef const struct fa_cuda_kernel *fa_cuda_find(enum fa_dtype dtype, enum fa_variant variant, bool small);
 
