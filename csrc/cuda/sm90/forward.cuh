@@ -68,7 +68,7 @@ template <int D, class Tile> struct forward_producer : forward_shape<D, Tile> {
         const int stage = position % STAGES, parity = position / STAGES & 1;
         mbarrier_wait(barrier(empty + stage), parity ^ 1);
         mbarrier_arrive_expect(barrier(full + stage), shape::KV_BYTES);
-        load_panels(shared + at + stage * shape::KV_BYTES, BLOCK_N * 128, map, row, head, b, barrier(full + stage), Tile::KEEP ? EVICT_LAST : EVICT_NORMAL);
+        load_panels(shared + at + stage * shape::KV_BYTES, BLOCK_N * 128, map, row, head, b, barrier(full + stage), EVICT_LAST);
     }
     __device__ __forceinline__ void load_k(int row) { load_block(f.k, shape::K_AT, shape::K_FULL, shape::K_EMPTY, keys++, row, kv_head, kv_batch); }
     __device__ __forceinline__ void load_v(int row) { load_block(f.v, shape::V_AT, shape::V_FULL, shape::V_EMPTY, values++, row, kv_head, kv_batch); }
@@ -125,7 +125,7 @@ template <int D, class Tile> struct forward_producer : forward_shape<D, Tile> {
             store_shared_16(at, make_uint4(b, head, i0, s.q0));
             store_shared_16(at + 16, make_uint4(s.sq, s.sk, n_first, n_last));
             store_shared_16(at + 32, make_uint4(s.k0, 0, 0, 0));
-            if (Tile::PREFETCH && tiles) prefetch(s.q0 + i0, s.k0 + (n_last - 1) * BLOCK_N, b, head);
+            if (tiles) prefetch(s.q0 + i0, s.k0 + (n_last - 1) * BLOCK_N, b, head);
             advance_unit();
             return true;
         }
@@ -188,7 +188,8 @@ template <int D, class Tile> struct forward_producer : forward_shape<D, Tile> {
 template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct forward_consumer : forward_shape<D, Tile> {
     using shape = forward_shape<D, Tile>;
     using shape::STAGES, shape::GROUPS, shape::BLOCK_M, shape::BLOCK_N, shape::Q_STAGES, shape::PANELS;
-    enum : int { S_COUNT = BLOCK_N / 2, O_COUNT = D / 2, NT = BLOCK_N / 8, PIECES = BLOCK_N / 16, PIECE_BYTES = 16 * 128 };
+    enum : int { S_COUNT = BLOCK_N / 2, O_COUNT = D / 2, NT = BLOCK_N / 8, PIECES = BLOCK_N / 16, PIECE_BYTES = 16 * 128,
+                 SKIPS = Q_STAGES == 2 };
     static_assert(Q_STAGES == 2 || 8 * GROUPS * PIECE_BYTES <= shape::KV_BYTES, "room for finished rows");
 
     const fa_cuda_args &a;
@@ -196,6 +197,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     const int group, warp, lane;
     int n_first, n_last;                        /* key blocks [first, last) of the tile at hand */
     int keys, values, tiles;                    /* places used so far in the rings of K and V; tiles begun */
+    int skipped;                                /* places in the ring of V that are to be let go */
 
     float s[S_COUNT];                           /* (64, BLOCK_N) */
     float o[O_COUNT];                           /* (64, D) */
@@ -203,7 +205,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     float row_max[2], row_sum[2];               /* rows g and g + 8; the sum is this lane's share */
 
     __device__ __forceinline__ forward_consumer(const fa_cuda_args &args, uint32_t smem)
-        : a(args), shared(smem), group(__shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), keys(0), values(0), tiles(0) {}
+        : a(args), shared(smem), group(__shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), keys(0), values(0), tiles(0), skipped(0) {}
 
     /* d 256 has no registers for score mods beside dropout: kernel.c refuses such calls. */
     __device__ __forceinline__ bool modifies() const { return (VARIANT != FA_DROPOUT || D < 256) && has_score_mod<VARIANT>(a); }
@@ -224,7 +226,29 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         mbarrier_wait(barrier(shape::Q_FULL + stage), parity);
         const forward_tile_info t = info(tiles++);
         n_first = t.n_first, n_last = t.n_last;
+        if (t.b >= 0 && SKIPS) skip_keys(t);
         return t.b >= 0;
+    }
+    /* Key blocks that none of this warpgroup's rows sees, at the end of those that the tile sees, are only let go. */
+    __device__ __forceinline__ void skip_keys(const forward_tile_info &t)
+    {
+        const sequence seq = { t.q0, 0, t.sq, t.sk, t.sq, t.sk };
+        const int first = t.i0 + group * 64, last = min(first + 63, t.sq - 1);
+        const int seen = first < t.sq ? (max(last_key(a, seq, last), 0) + BLOCK_N - 1) / BLOCK_N : 0;
+        for (; n_last > max(seen, n_first + 1); n_last--) {
+            wait_k();
+            turn();
+            pass_turn();
+            release(shape::K_EMPTY + keys++ % STAGES);
+            skipped++;
+        }
+    }
+    __device__ __forceinline__ void skip_values()
+    {
+        for (; skipped > 0; skipped--) {
+            wait_v();
+            release(shape::V_EMPTY + values++ % STAGES);
+        }
     }
     /* Lengths and first query of the tile at hand, read anew: kept over the main loop they would cost registers. */
     __device__ __forceinline__ sequence current(int &i0) const
@@ -544,8 +568,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     __device__ __forceinline__ void run()
     {
         uint32_t flags[PIECES][2];
-        if (!next_tile()) return;
         if (Tile::PING_PONG && group == GROUPS - 1) barrier_arrive(1, 256);
+        if (!next_tile()) return;
         wait_k();
         wgmma_fence();
         issue_scores();
@@ -562,6 +586,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             const int whole_last = max(last_key(a, seq, i0), 0) / BLOCK_N;
             bool accumulate = false;
             int n = n_last - 2;
+            if (SKIPS) skip_values();
             /* The first step clears the tail, whether the block after is whole or not. */
             while (n >= n_first) {
                 for (; n >= n_first && (n >= whole_last || n < whole_first || has_tail(n + 1)); n--) step<true>(n, accumulate), accumulate = true;
