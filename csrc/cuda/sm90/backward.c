@@ -7,7 +7,7 @@
 #include "backward_args.h"
 #include "kernels.h"
 
-enum { SECTION_BYTES = 32 << 20 };
+enum { SECTION_BYTES = 16 << 20 };
 
 static const struct bucket { int channels; fa_sm90_find_backward *find; } buckets[] = {
     { 64, fa_sm90_backward_64 }, { 96, fa_sm90_backward_96 }, { 128, fa_sm90_backward_128 }, { 192, fa_sm90_backward_192 },
@@ -34,11 +34,13 @@ const struct fa_cuda_kernel *fa_sm90_backward_kernel(const struct fa_params *p)
     return bucket_of(p)->find(p->dtype, a.score_mod, a.keep256 < 256);
 }
 
-/* Heads that share L2: those whose q, dout and dq_accum fill SECTION_BYTES. */
+/* Heads whose key tiles run side by side. Where tiles differ in length as many as L2 holds of q, dout and dq_accum, so that the
+ * longest come first; else one after the other. */
 static int section_of(const struct fa_cuda_args *a)
 {
     const int64_t heads = a->p.b * a->p.hk, row = 2 * (a->p.d + a->p.d_v) + 4 * a->d_bucket;
     const int64_t section = SECTION_BYTES / (row * a->p.sq * a->group + 1);
+    if (a->window_left < 0 && a->window_right < 0) return 1;
     return (int)(section < 1 ? 1 : section > heads ? heads : section);
 }
 

@@ -141,9 +141,11 @@ __global__ void __launch_bounds__(128 * (Tile::GROUPS + 1), 1) sm90_backward_ker
     if (threadIdx.x < 128) {
         fewer_registers<Tile::PRODUCER_REGISTERS>();
         const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
-        if (warp == 0 && elect_one()) block.produce();
-        if constexpr (Tile::BULK_DQ)
-            if (warp > 0 && warp <= Tile::GROUPS && a.p.deterministic && elect_one()) block.add_in_turn(warp - 1);
+        if (warp == 0) {
+            if (elect_one()) block.produce();
+        } else if constexpr (Tile::BULK_DQ) {
+            if (warp <= Tile::GROUPS && a.p.deterministic && elect_one()) block.add_in_turn(warp - 1);
+        }
     } else {
         more_registers<Tile::REGISTERS>();
         if constexpr (Tile::ROLES == 1) block.consume();

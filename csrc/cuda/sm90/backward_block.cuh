@@ -8,12 +8,6 @@
 #include "backward_args.h"
 #include "backward_config.h"
 #include "ptx.cuh"
-#ifndef NOBEHIND
-#define NOBEHIND 0
-#endif
-#ifndef HINT
-#define HINT EVICT_LAST
-#endif
 
 /* What lies where in shared memory: tiles as ptx.cuh's panels, then rows of floats, then barriers. */
 template <int D, class Tile> struct sm90_backward_shared {
@@ -39,7 +33,7 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
         ROLES = Tile::ROLES, BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, STAGES = Shared::STAGES, PANELS = Shared::PANELS,
         NT = BLOCK_M / 8, QT = BLOCK_M / 16, DT = D / 8, KV_STEPS = Tile::KV_REGISTERS ? D / 16 : 1,
         ALTERNATE = BLOCK_M == 64,      /* the warpgroups take turns at dQ, else each has 64 of its rows */
-        DK_BEHIND = !NOBEHIND && BLOCK_M == 64 && (D < 128 || !(MODS || DROPOUT)),      /* dK runs into the next step: where registers last */
+        DK_BEHIND = BLOCK_M == 64 && (D < 128 || !(MODS || DROPOUT)),  /* dK runs into the next step: where registers last */
         /* named barriers */
         READY = 1, FREE = READY + GROUPS, ALL = FREE + GROUPS, GROUP = ALL + 1, P_READY = GROUP + GROUPS, P_FREE = P_READY + 2,
     };
@@ -108,13 +102,14 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
         mbarrier_arrive_expect(barrier, Shared::Q_BYTES + BLOCK_M * 4);
         #pragma unroll
         for (int p = 0; p < PANELS; p++)
-            tma_load(tile + p * BLOCK_M * 128, map, 64 * p, seq.q0 + at.m * BLOCK_M, at.head, a.p.cu_q ? 0 : b, barrier, HINT);
+            tma_load(tile + p * BLOCK_M * 128, map, 64 * p, seq.q0 + at.m * BLOCK_M, at.head, a.p.cu_q ? 0 : b, barrier, EVICT_LAST);
         bulk_load(rows_at, rows + padded_row(a, seq, b, at.head) + at.m * BLOCK_M, BLOCK_M * 4, barrier);
     }
 
     __device__ __forceinline__ void produce()
     {
         const int total = steps();
+        #pragma unroll 1
         for (position at = start(); at.step < total; advance_to_next(at)) {
             const int s = at.step % STAGES, parity = at.step / STAGES % 2 ^ 1;
             if (at.step == 0) load_keys(args.k, shared + Shared::K, shared + Shared::K_FULL);
@@ -216,7 +211,7 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
                                                   const position &at, int key, bool masked, uint32_t lse2)
     {
         const float slope = MODS ? alibi_slope(a, b, at.head) : 0.0f;
-        const int lane = threadIdx.x & 31, i0 = at.m * BLOCK_M + (lane & 3) * 2;
+        const int lane = thread_anew() & 31, i0 = at.m * BLOCK_M + (lane & 3) * 2;
         int first[2], last[2];                  /* queries that see the keys `key` and key + 8 */
         #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -280,6 +275,16 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
                 }
                 left[n / 2][n % 2 * 2 + half] = pack<T>(ds[0], ds[1]);
             }
+        }
+    }
+
+    /* P^T again out of its 16 bits. */
+    __device__ __forceinline__ static void unpack_left(float (&s)[BLOCK_M / 2], const uint32_t (&left)[QT][4])
+    {
+        #pragma unroll
+        for (int e = 0; e < BLOCK_M / 2; e++) {
+            const uint32_t pair = left[e / 8][e / 2 % 4];
+            s[e] = unpack<T>(e % 2 ? pair >> 16 : pair & 0xffff);
         }
     }
 

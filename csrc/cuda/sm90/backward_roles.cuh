@@ -103,11 +103,9 @@ FA_SM90_BACKWARD_WALK::consume_keys()
             #pragma unroll
             for (int q = 0; q < QT; q++) {
                 const uint4 p = load_shared_16(exchange + at.step % 2 * Shared::P_BYTES + q * 2048);
-                const uint32_t words[4] = { p.x, p.y, p.z, p.w };
-                #pragma unroll
-                for (int x = 0; x < 8; x++)
-                    s[8 * q + x / 4 * 4 + x / 2 % 2 * 2 + x % 2] = unpack<T>(x % 2 ? words[x / 2] >> 16 : words[x / 2] & 0xffff);
+                left[q][0] = p.x, left[q][1] = p.y, left[q][2] = p.z, left[q][3] = p.w;
             }
+            unpack_left(s, left);
             if (at.step + 2 < total) barrier_arrive(P_FREE + at.step % 2, CONSUMERS);
             wgmma_wait<0>();
             wgmma_result(dp);
