@@ -9,19 +9,17 @@
 #include "plan.h"
 #include "../common/convert.h"
 
-enum { MOST_COLUMNS = BACKWARD_N > FORWARD_N ? BACKWARD_N : FORWARD_N };
-
 /* The score of row r and key j. */
 static int64_t offset_of(const struct fa_scores *t, const struct cpu_rows *rows, int64_t r, int64_t j)
 {
     return rows->b * t->stride_b + rows->head[r] * t->stride_h + rows->i[r] * t->stride_q + j * t->stride_k;
 }
 
-/* Where the rows of one head end that start at r: they follow each other at stride_q. */
-static int64_t end_of_run(const struct cpu_rows *rows, int64_t r)
+/* Where the rows of one head end that start at r, before `last`: they follow each other at stride_q. */
+static int64_t end_of_run(const struct cpu_rows *rows, int64_t r, int64_t last)
 {
     const int64_t head = rows->head[r];
-    while (++r < rows->count && rows->head[r] == head) {}
+    while (++r < last && rows->head[r] == head) {}
     return r;
 }
 
@@ -35,11 +33,11 @@ static const uint8_t *mask_row(const struct fa_scores *t, int64_t at, int64_t co
 }
 
 /* A tile of which everything is known before its end is left there: the last column is seen, and something is hidden. */
-static struct cpu_view view_of_mask(const struct fa_scores *t, const struct cpu_rows *rows, int64_t row, int64_t j0, int64_t count)
+static struct cpu_view view_of_mask(const struct fa_scores *t, const struct cpu_rows *rows, int64_t row, int64_t m, int64_t j0, int64_t count)
 {
-    uint8_t any[MOST_COLUMNS] = {0}, copy[MOST_COLUMNS];
+    uint8_t any[MOST_KEYS] = {0}, copy[MOST_KEYS];
     bool masked = false;
-    for (int64_t r = row, before = INT64_MIN; r < rows->count && !(masked && any[count - 1]); r++) {
+    for (int64_t r = row, before = INT64_MIN; r < row + m && !(masked && any[count - 1]); r++) {
         const int64_t at = offset_of(t, rows, r, j0);
         if (at == before) continue;
         before = at;
@@ -66,12 +64,12 @@ static bool is_hidden_row(const struct fa_scores *t, int64_t at, int64_t count, 
     return true;
 }
 
-static bool is_hidden_tile(const struct fa_scores *t, const struct cpu_rows *rows, int64_t row, int64_t j0, int64_t count)
+static bool is_hidden_tile(const struct fa_scores *t, const struct cpu_rows *rows, int64_t row, int64_t m, int64_t j0, int64_t count)
 {
-    double hidden[MOST_COLUMNS];                                /* -inf, in the bias's dtype */
+    double hidden[MOST_KEYS];                                /* -inf, in the bias's dtype */
     if (fa_load(t->dtype, t->ptr, offset_of(t, rows, row, j0)) != -INFINITY) return false;
     for (int64_t j = 0; j < count; j++) fa_store(t->dtype, hidden, j, -INFINITY);
-    for (int64_t r = row, before = INT64_MIN; r < rows->count; r++) {
+    for (int64_t r = row, before = INT64_MIN; r < row + m; r++) {
         const int64_t at = offset_of(t, rows, r, j0);
         if (at != before && !is_hidden_row(t, at, count, hidden)) return false;
         before = at;
@@ -79,39 +77,39 @@ static bool is_hidden_tile(const struct fa_scores *t, const struct cpu_rows *row
     return true;
 }
 
-struct cpu_view fa_cpu_view(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t j0, int64_t count)
+struct cpu_view fa_cpu_view(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, int64_t j0, int64_t count)
 {
     const struct fa_params *p = plan->p;
     struct cpu_view view = { count, false };
-    if (p->mask.ptr) view = view_of_mask(&p->mask, rows, row, j0, count);
-    if (p->bias.ptr && view.count > 0 && is_hidden_tile(&p->bias, rows, row, j0, view.count)) view.count = 0;
+    if (p->mask.ptr) view = view_of_mask(&p->mask, rows, row, m, j0, count);
+    if (p->bias.ptr && view.count > 0 && is_hidden_tile(&p->bias, rows, row, m, j0, view.count)) view.count = 0;
     return view;
 }
 
-void fa_cpu_add_bias(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, struct fa_result s, int64_t j0,
-                     int64_t count)
+void fa_cpu_add_bias(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, struct fa_result s,
+                     int64_t j0, int64_t count)
 {
     const struct fa_scores *t = &plan->p->bias;
     const bool side_by_side = t->stride_k == 1 && t->dtype != FA_FLOAT64;
-    for (int64_t r = row, end; r < rows->count; r = end) {
+    for (int64_t r = row, end; r < row + m; r = end) {
         const int64_t at = offset_of(t, rows, r, j0);
         const struct fa_result to = { s.ptr + (r - row) * s.row, s.row };
-        float copy[MOST_COLUMNS];
-        end = side_by_side ? end_of_run(rows, r) : r + 1;
+        float copy[MOST_KEYS];
+        end = side_by_side ? end_of_run(rows, r, row + m) : r + 1;
         for (int64_t j = 0; j < count && !side_by_side; j++) copy[j] = (float)fa_load(t->dtype, t->ptr, at + j * t->stride_k);
         const void *from = side_by_side ? (const char *)t->ptr + at * (int64_t)fa_sizeof(t->dtype) : (const char *)copy;
         plan->ops->add_bias(to, end - r, count, plan->bias_factor, from, side_by_side ? t->dtype : FA_FLOAT32, t->stride_q);
     }
 }
 
-void fa_cpu_apply_mask(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, struct fa_result s, int64_t j0,
-                       int64_t count)
+void fa_cpu_apply_mask(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, struct fa_result s,
+                       int64_t j0, int64_t count)
 {
     const struct fa_scores *t = &plan->p->mask;
-    for (int64_t r = row, end; r < rows->count; r = end) {
-        uint8_t copy[MOST_COLUMNS];
+    for (int64_t r = row, end; r < row + m; r = end) {
+        uint8_t copy[MOST_KEYS];
         const struct fa_result to = { s.ptr + (r - row) * s.row, s.row };
-        end = t->stride_k == 1 ? end_of_run(rows, r) : r + 1;
+        end = t->stride_k == 1 ? end_of_run(rows, r, row + m) : r + 1;
         plan->ops->apply_mask(to, end - r, count, mask_row(t, offset_of(t, rows, r, j0), count, copy), t->stride_q);
     }
 }

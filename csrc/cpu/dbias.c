@@ -9,7 +9,7 @@
  *
  * The last two are then summed over b, h and q, in double. A tile costs one pass over dS, where working out S and dP again
  * for a pass of its own would cost two of backward's five products. */
-#define _DEFAULT_SOURCE
+#define _DEFAULT_SOURCE 1
 #include <string.h>
 #ifdef __linux__
 #include <sys/mman.h>
@@ -23,8 +23,8 @@ enum { CHUNK = 64 };                /* rows of sums that are cleared or converte
 
 static bool shares_batch(const struct fa_params *p) { return p->dbias.stride_b == 0 && p->b > 1; }
 static bool shares_heads(const struct fa_params *p) { return p->dbias.stride_h == 0 && p->h > 1; }
-static int64_t row_blocks(const struct cpu_plan *plan) { return fa_blocks(plan->group * plan->p->sq, BACKWARD_M); }
-static int64_t key_blocks(const struct cpu_plan *plan) { return fa_blocks(plan->p->sk, BACKWARD_N); }
+static int64_t row_blocks(const struct cpu_plan *plan) { return fa_blocks(plan->group * plan->p->sq, plan->block.m); }
+static int64_t key_blocks(const struct cpu_plan *plan) { return fa_blocks(plan->p->sk, plan->block.n); }
 
 /* Elements along an index of dbias. */
 static int64_t elements(int64_t stride, int64_t size) { return stride ? size : 1; }
@@ -86,7 +86,7 @@ static int32_t items_before(const struct cpu_dbias *g, const struct cpu_item *it
     const struct fa_params *p = g->plan->p;
     int64_t sequences = 0;
     for (int64_t b = 0; b < item->b && shares_batch(p); b++)
-        sequences += fa_sequence_of(p, b).sk > item->block * BACKWARD_N;
+        sequences += fa_sequence_of(p, b).sk > item->block * g->plan->block.n;
     return (int32_t)(shares_heads(p) ? sequences * p->hk + item->kv_head : sequences);
 }
 
@@ -131,7 +131,7 @@ static void pass_rows(const struct cpu_dbias *g, const struct cpu_rows *rows, in
     const struct fa_scores *t = &g->plan->p->dbias;
     const int64_t ahead = 4 * g->stride_q;                      /* rows lie pages apart */
     for (int64_t r = 0; r < rows->count; r++) {
-        float total[BACKWARD_N], *sums = g->sums + rows->b * g->stride_b + rows->head[r] * g->stride_h + rows->i[r] * g->stride_q + j0;
+        float total[MOST_KEYS], *sums = g->sums + rows->b * g->stride_b + rows->head[r] * g->stride_h + rows->i[r] * g->stride_q + j0;
         const float *from = ds.ptr + r * ds.row;
         for (int64_t j = 0; before > 0 && r + 4 < rows->count && j < width; j += 16) __builtin_prefetch(sums + ahead + j, 1);
         for (int64_t j = 0; j < count; j++) total[j] = before > 0 ? sums[j] + from[j] : from[j];
@@ -144,24 +144,21 @@ static void pass_rows(const struct cpu_dbias *g, const struct cpu_rows *rows, in
 void fa_cpu_add_tile(const struct cpu_dbias *g, const struct cpu_rows *rows, const struct cpu_item *item, int64_t block,
                      struct fa_result ds, int64_t count)
 {
-    const int64_t j0 = item->block * BACKWARD_N, left = item->seq.sk - j0;
+    const int64_t j0 = item->block * g->plan->block.n, left = item->seq.sk - j0;
     if (g->kind != DBIAS_TILES && g->kind != DBIAS_COLUMNS) return;
     const int32_t before = g->turns ? items_before(g, item) : 0;
     if (g->turns) fa_wait_for(turn_of(g, item, block), before);
     if (g->is_cleared) add_rows(g, rows, j0, ds, count);
-    else pass_rows(g, rows, j0, ds, count, left < BACKWARD_N ? left : BACKWARD_N, before, items_sharing(g->plan->p));
+    else pass_rows(g, rows, j0, ds, count, left < g->plan->block.n ? left : g->plan->block.n, before, items_sharing(g->plan->p));
     if (g->turns && !g->by_item) fa_advance(turn_of(g, item, block));
 }
 
 void fa_cpu_sum_rows(const struct cpu_dbias *g, const struct cpu_rows *rows, struct fa_result ds, int64_t count, float *sums)
 {
-    const int64_t whole = count / FA_CHANNEL_PAD * FA_CHANNEL_PAD;              /* what lies after the tile may be NaN */
-    float ones[BACKWARD_N];
-    if (g->kind != DBIAS_ROWS) return;
-    for (int64_t j = 0; j < whole; j++) ones[j] = 1;
-    for (int64_t r = 0; r < rows->count; r++) {
+    const int64_t whole = count / 16 * 16;                      /* what lies after the tile may be NaN */
+    for (int64_t r = 0; r < rows->count && g->kind == DBIAS_ROWS; r++) {
         const float *row = ds.ptr + r * ds.row;
-        sums[r] = g->plan->ops->dot(row, ones, whole);
+        sums[r] = g->plan->ops->sum(row, whole);
         for (int64_t j = whole; j < count; j++) sums[r] += row[j];
     }
 }
@@ -220,7 +217,7 @@ void fa_cpu_begin_dbias(const struct cpu_dbias *g)
     const struct fa_params *p = g->plan->p;
     if (g->kind == DBIAS_TILES) advise_large_pages(p);
     if (g->turns) memset(g->turns, 0, (size_t)(4 * p->b * p->hk * key_blocks(g->plan) * row_blocks(g->plan)));
-    if (g->kind == DBIAS_TILES && g->is_cleared) fa_parallel(p->n_threads, chunks(g), clear_rows, (void *)g);
+    if (g->kind == DBIAS_TILES && g->is_cleared) fa_parallel(g->plan->ops, p->n_threads, chunks(g), clear_rows, (void *)g);
     if (g->kind == DBIAS_ROWS || g->kind == DBIAS_COLUMNS) memset(g->sums, 0, (size_t)(4 * p->b * g->stride_b));
 }
 
@@ -260,6 +257,6 @@ static void sum_all_lines(const struct cpu_dbias *g)
 
 void fa_cpu_finish_dbias(const struct cpu_dbias *g)
 {
-    if (g->kind == DBIAS_TILES && g->is_cleared && g->is_apart) fa_parallel(g->plan->p->n_threads, chunks(g), convert_rows, (void *)g);
+    if (g->kind == DBIAS_TILES && g->is_cleared && g->is_apart) fa_parallel(g->plan->ops, g->plan->p->n_threads, chunks(g), convert_rows, (void *)g);
     else if (g->kind == DBIAS_ROWS || g->kind == DBIAS_COLUMNS) sum_all_lines(g);
 }
