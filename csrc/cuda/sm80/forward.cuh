@@ -67,12 +67,12 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         return (const uint16_t *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + n * BLOCK_N) * t.stride_s + kv_head * t.stride_h
              + whole_rows::first(t.stride_s);
     }
-    template <bool FIRST>
+    template <bool FIRST>                                   /* the one that may not */
     __device__ __forceinline__ void load_keys(uint32_t tile, int n, const uint16_t *&at, const fa_tensor &t, int d, bool whole, bool aligned)
     {
         if (n < n_first) return;
         if (has_mask<VARIANT>(a)) at = place(t, n);         /* the tile before may have been passed over */
-        if (!FIRST && whole) whole_rows::template load<BLOCK_N>(tile, at, t.stride_s);
+        if (whole && (!FIRST || (n + 1) * BLOCK_N <= seq.sk)) whole_rows::template load<BLOCK_N>(tile, at, t.stride_s);
         else load_tile<BLOCK_N, D, THREADS>(tile, { at - whole_rows::first(t.stride_s), t.stride_s, seq.sk - n * BLOCK_N, d, aligned });
         at -= BLOCK_N * t.stride_s;
     }
@@ -122,7 +122,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         load_q(0);
         #pragma unroll
         for (int x = 0; x < AHEAD; x++) load_keys(x);
-        #pragma unroll
+        #pragma unroll (D == 128 ? 2 * PAIRS : STEPS * PAIRS)       /* more at a time spills */
         for (int x = 0; x < STEPS * PAIRS; x++) {           /* 16 channels of 16 keys at a time */
             if (x % PAIRS == 0 && x / PAIRS + 1 < STEPS) load_q(x / PAIRS + 1);
             if (x + AHEAD < STEPS * PAIRS) load_keys(x + AHEAD);
@@ -363,7 +363,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     {
         const int i_end = min(i0 + BLOCK_M, seq.sq) - 1;
         const int whole_first = (first_key(a, seq, i_end) + BLOCK_N - 1) / BLOCK_N, whole_last = max(last_key(a, seq, i0), 0) / BLOCK_N;
-        load_tile<BLOCK_M, D, THREADS>(q_tile, query_rows());
+        load_queries();
         k_at = place(a.p.k, n_last - 1);
         v_at = place(a.p.v, n_last - 1);
         int n = tile_after(n_last), stage = (uint32_t)n % STAGES;
@@ -377,11 +377,12 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         cp_async_wait<0>();
     }
 
-    __device__ __forceinline__ rows_of query_rows() const
+    __device__ __forceinline__ void load_queries()
     {
-        const fa_params &p = a.p;
-        return { (const uint16_t *)p.q.ptr + b * p.q.stride_b + (int64_t)(seq.q0 + i0) * p.q.stride_s + head * p.q.stride_h, p.q.stride_s,
-                 seq.sq - i0, (int)p.d, a.aligned_q };
+        const fa_tensor &q = a.p.q;
+        const uint16_t *from = (const uint16_t *)q.ptr + b * q.stride_b + (int64_t)(seq.q0 + i0) * q.stride_s + head * q.stride_h;
+        if (a.whole_q && i0 + BLOCK_M <= seq.sq) whole_rows::template load<BLOCK_M>(q_tile, from + whole_rows::first(q.stride_s), q.stride_s);
+        else load_tile<BLOCK_M, D, THREADS>(q_tile, { from, q.stride_s, seq.sq - i0, (int)a.p.d, a.aligned_q });
     }
 
     /* Normalises O; lse of row g + 8 half of piece m comes back. */
