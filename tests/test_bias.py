@@ -200,8 +200,8 @@ def test_layouts(device, dtype, layout):
     """The same bits as from contiguous tensors."""
     problem = Problem(dtype, sq=67, sk=203, h=4, hk=2, bias="bhqk", mask="bqk", bias_hides=True)
     options = {name: problem.options()[name].to(device) for name in ("attn_bias", "attn_mask")}
-    plain = problem.run(device=device, **options)
-    viewed = problem.run(device=device, **{name: layout(x) for name, x in options.items()})
+    plain = problem.run(device=device, deterministic=True, **options)
+    viewed = problem.run(device=device, deterministic=True, **{name: layout(x) for name, x in options.items()})
     assert all(map(torch.equal, plain, viewed))
 
 
@@ -259,10 +259,10 @@ def test_padding_masks_take_linear_memory(device, monkeypatch, which):
             return x
         return call
 
-    allocate = _backend.empty
+    allocate, heads = _backend.empty, 1 if device == "cpu" else 64     # enough for a GPU not to split the keys, which takes memory
     for s in 1024, 4096:
         monkeypatch.setattr(_backend, "empty", counted(allocate, s))
-        q = torch.randn(1, s, 1, 16, device=device, requires_grad=True)
+        q = torch.randn(1, s, heads, 16, device=device, requires_grad=True)
         seen = torch.arange(s, device=device).view(1, 1, 1, s) < s // 5
         given = dict(attn_mask=seen) if which == "mask" else dict(attn_bias=seen.float().requires_grad_())
         flash_attn_func(q, q, q, **given).sum().backward()

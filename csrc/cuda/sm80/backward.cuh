@@ -310,7 +310,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
             uint32_t bytes[2][2], piece_i[2], piece_j[2];
             #pragma unroll
             for (int x = 0; x < 2; x++) piece_i[x] = i0 / 16u + (at + x) / KT, piece_j[x] = (j0 + key_warp * KEYS) / 16u + (at + x) % KT;
-            dropout_bytes(bytes, a.p.rng[0], a.p.rng[1], batch_head, piece_i, piece_j, lane, true);
+            dropout_bytes(bytes, __ldg((const unsigned long long *)a.p.rng + opaque(0)), __ldg((const unsigned long long *)a.p.rng + opaque(1)), batch_head, piece_i, piece_j, lane, true);
             #pragma unroll
             for (int x = 0; x < 4 && at + x / 2 < PIECES; x++)
                 flags[(at + x / 2) % KT][(at + x / 2) / KT][x % 2] = dropped_flags(bytes[x / 2][x % 2], a.keep256);
