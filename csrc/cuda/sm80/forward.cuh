@@ -164,7 +164,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     }
 
     /* Score mods and bias, then -inf where row and column do not see each other. j0: key of column 0. */
-    template <bool MASKED> __device__ __forceinline__ void modify(float (&s)[MT][NT][4], int j0, uint32_t bias_tile)
+    template <bool MASKED> __device__ __forceinline__ void modify(float (&s)[MT][NT][4], int j0, uint32_t bias_tile, bool bounded)
     {
         const int j = j0 + (lane & 3) * 2;
         if (has_score_mod<VARIANT>(a)) {
@@ -181,15 +181,17 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         if (VARIANT != FA_PLAIN && a.bias_staged) add_staged_bias(s, bias_tile);
         else if (MASKED && has_bias<VARIANT>(a)) add_bias(s, j);
         if (!MASKED) return;
-        #pragma unroll
-        for (int m = 0; m < MT; m++)
+        if (VARIANT == FA_PLAIN || bounded) {
             #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int i = query(m, half), first = first_key(a, seq, i) - j, last = last_key(a, seq, i) - j;
+            for (int m = 0; m < MT; m++)
                 #pragma unroll
-                for (int x = 0; x < 2 * NT; x++)
-                    if (x / 2 * 8 + x % 2 < first || x / 2 * 8 + x % 2 >= last) s[m][x / 2][2 * half + x % 2] = -INFINITY;
-            }
+                for (int half = 0; half < 2; half++) {
+                    const int i = query(m, half), first = first_key(a, seq, i) - j, last = last_key(a, seq, i) - j;
+                    #pragma unroll
+                    for (int x = 0; x < 2 * NT; x++)
+                        if (x / 2 * 8 + x % 2 < first || x / 2 * 8 + x % 2 >= last) s[m][x / 2][2 * half + x % 2] = -INFINITY;
+                }
+        }
         if (has_mask<VARIANT>(a)) hide(s, j0);
     }
 
@@ -325,8 +327,9 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         }
     }
 
-    /* Tile n, while the one after it loads, whose number comes back. Stages alternate; where no tile is passed over n says which it is. */
-    template <bool MASKED> __device__ __forceinline__ int tile(int n, int turn)
+    /* Tile n, while the one after it loads, whose number comes back. Stages alternate; where no tile is passed over n says which it is.
+     * `bounded`: some row does not see all of it, whatever the mask says. */
+    template <bool MASKED> __device__ __forceinline__ int tile(int n, int turn, bool bounded)
     {
         const int stage = VARIANT == FA_PLAIN ? (uint32_t)n % STAGES : turn;
         const uint32_t k_tile = k_tiles + stage * KV_BYTES, v_tile = v_tiles + stage * KV_BYTES;
@@ -347,7 +350,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             load_k<false>(after, other);
             cp_async_commit();
         }
-        if (MASKED || VARIANT != FA_PLAIN) modify<MASKED>(s, n * BLOCK_N, bias_tiles + stage * BIAS_TILE_BYTES);
+        if (MASKED || VARIANT != FA_PLAIN) modify<MASKED>(s, n * BLOCK_N, bias_tiles + stage * BIAS_TILE_BYTES, bounded);
         maxima(s, shift);
         exponents(s, shift, 0);
         #pragma unroll
@@ -371,8 +374,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         if (STAGES > 1) load_v<true>(n, stage);
         cp_async_commit();
         while (n >= n_first) {
-            for (; n >= n_first && (n >= whole_last || n < whole_first || !needs_no_mask(n)); stage ^= STAGES - 1) n = tile<true>(n, stage);
-            for (; n >= n_first && n >= whole_first && needs_no_mask(n); stage ^= STAGES - 1) n = tile<false>(n, stage);
+            for (; n >= n_first && (n >= whole_last || n < whole_first || !needs_no_mask(n)); stage ^= STAGES - 1) n = tile<true>(n, stage, n >= whole_last || n < whole_first);
+            for (; n >= n_first && n >= whole_first && needs_no_mask(n); stage ^= STAGES - 1) n = tile<false>(n, stage, false);
         }
         cp_async_wait<0>();
     }
