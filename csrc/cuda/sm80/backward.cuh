@@ -92,7 +92,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
         return has_mask<VARIANT>(a) ? next(at) : position{ at.head, m_last - 1 };
     }
 
-    /* Tiles come in descending order: all but a head's first exist whole. */
+    /* Q, dO, lse2 and delta of a query tile. Tiles of a head come in descending order, each from a place before the last one's. */
     using whole = whole_tile<D, THREADS>;
     __device__ __forceinline__ void load_stage(const position &at, uint32_t tile, uint32_t bias_tile)
     {
@@ -103,9 +103,10 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
                 dout_at = queries(a.p.dout, at.head, i0, 0, true).ptr + whole::first(a.p.dout.stride_s);
                 row_at = (thread < BLOCK_M / 4 ? a.lse2 : a.delta) + padded_row(a, seq, b, at.head) + i0 + thread % (BLOCK_M / 4) * 4;
             }
-            if (a.whole_q && at.m < m_last - 1) whole::template load<BLOCK_M>(tile, q_at, a.p.q.stride_s);
+            const bool exists = i0 + BLOCK_M <= seq.sq;
+            if (a.whole_q && exists) whole::template load<BLOCK_M>(tile, q_at, a.p.q.stride_s);
             else load_tile<BLOCK_M, D, THREADS>(tile, queries(a.p.q, at.head, i0, (int)a.p.d, a.aligned_q));
-            if (a.whole_dout && at.m < m_last - 1) whole::template load<BLOCK_M>(tile + Q_BYTES, dout_at, a.p.dout.stride_s);
+            if (a.whole_dout && exists) whole::template load<BLOCK_M>(tile + Q_BYTES, dout_at, a.p.dout.stride_s);
             else load_tile<BLOCK_M, D, THREADS>(tile + Q_BYTES, queries(a.p.dout, at.head, i0, (int)a.p.d_v, a.aligned_dout));
             if (thread < BLOCK_M / 2) cp_async_16(tile + 2 * Q_BYTES + thread * 16, row_at, 16);
             if (VARIANT != FA_PLAIN && a.bias_staged)
@@ -309,7 +310,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
             uint32_t bytes[2][2], piece_i[2], piece_j[2];
             #pragma unroll
             for (int x = 0; x < 2; x++) piece_i[x] = i0 / 16u + (at + x) / KT, piece_j[x] = (j0 + key_warp * KEYS) / 16u + (at + x) % KT;
-            dropout_bytes(bytes, a.p.rng[0], a.p.rng[1], batch_head, piece_i, piece_j, lane, true);
+            dropout_bytes(bytes, __ldg((const unsigned long long *)a.p.rng + opaque(0)), __ldg((const unsigned long long *)a.p.rng + opaque(1)), batch_head, piece_i, piece_j, lane, true);
             #pragma unroll
             for (int x = 0; x < 4 && at + x / 2 < PIECES; x++)
                 flags[(at + x / 2) % KT][(at + x / 2) / KT][x % 2] = dropped_flags(bytes[x / 2][x % 2], a.keep256);
@@ -333,7 +334,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     /* dQ (BLOCK_M, D) += dS K: this warp's DQ_M queries x 8 DQ_DT channels, 8 DQ_STEP at a time. */
     __device__ __forceinline__ void add_dq(int head, int m)
     {
-        const int warp = q_warp * KEY_WARPS + key_warp, row0 = warp % DQ_WM * DQ_M, column0 = warp / DQ_WM * DQ_DT;
+        const int thread = thread_anew(), lane = thread & 31, warp = thread >> 5, row0 = warp % DQ_WM * DQ_M, column0 = warp / DQ_WM * DQ_DT;
         const int64_t row = padded_row(a, seq, b, head) + m * BLOCK_M + row0;
         const uint32_t x_at = ds_tile + lane_a_trans<BLOCK_M>(lane), y_at = k_tile + lane_b_trans<D>(lane);
         #pragma unroll 1
@@ -435,10 +436,16 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
         accumulate_own(dk, left, q_tile);
     }
 
+    __device__ __forceinline__ void load_keys(uint32_t tile, const rows_of &from, bool whole_rows)
+    {
+        if (whole_rows && from.rows >= BLOCK_N) whole::template load<BLOCK_N>(tile, from.ptr + whole::first(from.stride), from.stride);
+        else load_tile<BLOCK_N, D, THREADS>(tile, from);
+    }
+
     __device__ __forceinline__ void run()
     {
-        load_tile<BLOCK_N, D, THREADS>(k_tile, keys(a.p.k, (int)a.p.d, a.aligned_k));
-        load_tile<BLOCK_N, D, THREADS>(v_tile, keys(a.p.v, (int)a.p.d_v, a.aligned_v));
+        load_keys(k_tile, keys(a.p.k, (int)a.p.d, a.aligned_k), a.whole_k);
+        load_keys(v_tile, keys(a.p.v, (int)a.p.d_v, a.aligned_v), a.whole_v);
         position at = start(), ahead = at;
         load_stage(ahead, stages, bias_tiles);
         for (int stage = 0; !done(at); at = ahead, stage ^= STAGES - 1) {

@@ -67,12 +67,12 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         return (const uint16_t *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + n * BLOCK_N) * t.stride_s + kv_head * t.stride_h
              + whole_rows::first(t.stride_s);
     }
-    template <bool FIRST>
+    template <bool FIRST>                                   /* the one that may not */
     __device__ __forceinline__ void load_keys(uint32_t tile, int n, const uint16_t *&at, const fa_tensor &t, int d, bool whole, bool aligned)
     {
         if (n < n_first) return;
         if (has_mask<VARIANT>(a)) at = place(t, n);         /* the tile before may have been passed over */
-        if (!FIRST && whole) whole_rows::template load<BLOCK_N>(tile, at, t.stride_s);
+        if (whole && (!FIRST || (n + 1) * BLOCK_N <= seq.sk)) whole_rows::template load<BLOCK_N>(tile, at, t.stride_s);
         else load_tile<BLOCK_N, D, THREADS>(tile, { at - whole_rows::first(t.stride_s), t.stride_s, seq.sk - n * BLOCK_N, d, aligned });
         at -= BLOCK_N * t.stride_s;
     }
@@ -122,7 +122,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         load_q(0);
         #pragma unroll
         for (int x = 0; x < AHEAD; x++) load_keys(x);
-        #pragma unroll
+        #pragma unroll (D == 128 ? 2 * PAIRS : STEPS * PAIRS)       /* more at a time spills */
         for (int x = 0; x < STEPS * PAIRS; x++) {           /* 16 channels of 16 keys at a time */
             if (x % PAIRS == 0 && x / PAIRS + 1 < STEPS) load_q(x / PAIRS + 1);
             if (x + AHEAD < STEPS * PAIRS) load_keys(x + AHEAD);
@@ -164,7 +164,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     }
 
     /* Score mods and bias, then -inf where row and column do not see each other. j0: key of column 0. */
-    template <bool MASKED> __device__ __forceinline__ void modify(float (&s)[MT][NT][4], int j0, uint32_t bias_tile)
+    template <bool MASKED> __device__ __forceinline__ void modify(float (&s)[MT][NT][4], int j0, uint32_t bias_tile, bool bounded)
     {
         const int j = j0 + (lane & 3) * 2;
         if (has_score_mod<VARIANT>(a)) {
@@ -181,15 +181,17 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         if (VARIANT != FA_PLAIN && a.bias_staged) add_staged_bias(s, bias_tile);
         else if (MASKED && has_bias<VARIANT>(a)) add_bias(s, j);
         if (!MASKED) return;
-        #pragma unroll
-        for (int m = 0; m < MT; m++)
+        if (VARIANT == FA_PLAIN || bounded) {
             #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int i = query(m, half), first = first_key(a, seq, i) - j, last = last_key(a, seq, i) - j;
+            for (int m = 0; m < MT; m++)
                 #pragma unroll
-                for (int x = 0; x < 2 * NT; x++)
-                    if (x / 2 * 8 + x % 2 < first || x / 2 * 8 + x % 2 >= last) s[m][x / 2][2 * half + x % 2] = -INFINITY;
-            }
+                for (int half = 0; half < 2; half++) {
+                    const int i = query(m, half), first = first_key(a, seq, i) - j, last = last_key(a, seq, i) - j;
+                    #pragma unroll
+                    for (int x = 0; x < 2 * NT; x++)
+                        if (x / 2 * 8 + x % 2 < first || x / 2 * 8 + x % 2 >= last) s[m][x / 2][2 * half + x % 2] = -INFINITY;
+                }
+        }
         if (has_mask<VARIANT>(a)) hide(s, j0);
     }
 
@@ -325,8 +327,9 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         }
     }
 
-    /* Tile n, while the one after it loads, whose number comes back. Stages alternate; where no tile is passed over n says which it is. */
-    template <bool MASKED> __device__ __forceinline__ int tile(int n, int turn)
+    /* Tile n, while the one after it loads, whose number comes back. Stages alternate; where no tile is passed over n says which it is.
+     * `bounded`: some row does not see all of it, whatever the mask says. */
+    template <bool MASKED> __device__ __forceinline__ int tile(int n, int turn, bool bounded)
     {
         const int stage = VARIANT == FA_PLAIN ? (uint32_t)n % STAGES : turn;
         const uint32_t k_tile = k_tiles + stage * KV_BYTES, v_tile = v_tiles + stage * KV_BYTES;
@@ -347,7 +350,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             load_k<false>(after, other);
             cp_async_commit();
         }
-        if (MASKED || VARIANT != FA_PLAIN) modify<MASKED>(s, n * BLOCK_N, bias_tiles + stage * BIAS_TILE_BYTES);
+        if (MASKED || VARIANT != FA_PLAIN) modify<MASKED>(s, n * BLOCK_N, bias_tiles + stage * BIAS_TILE_BYTES, bounded);
         maxima(s, shift);
         exponents(s, shift, 0);
         #pragma unroll
@@ -363,7 +366,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     {
         const int i_end = min(i0 + BLOCK_M, seq.sq) - 1;
         const int whole_first = (first_key(a, seq, i_end) + BLOCK_N - 1) / BLOCK_N, whole_last = max(last_key(a, seq, i0), 0) / BLOCK_N;
-        load_tile<BLOCK_M, D, THREADS>(q_tile, query_rows());
+        load_queries();
         k_at = place(a.p.k, n_last - 1);
         v_at = place(a.p.v, n_last - 1);
         int n = tile_after(n_last), stage = (uint32_t)n % STAGES;
@@ -371,17 +374,18 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         if (STAGES > 1) load_v<true>(n, stage);
         cp_async_commit();
         while (n >= n_first) {
-            for (; n >= n_first && (n >= whole_last || n < whole_first || !needs_no_mask(n)); stage ^= STAGES - 1) n = tile<true>(n, stage);
-            for (; n >= n_first && n >= whole_first && needs_no_mask(n); stage ^= STAGES - 1) n = tile<false>(n, stage);
+            for (; n >= n_first && (n >= whole_last || n < whole_first || !needs_no_mask(n)); stage ^= STAGES - 1) n = tile<true>(n, stage, n >= whole_last || n < whole_first);
+            for (; n >= n_first && n >= whole_first && needs_no_mask(n); stage ^= STAGES - 1) n = tile<false>(n, stage, false);
         }
         cp_async_wait<0>();
     }
 
-    __device__ __forceinline__ rows_of query_rows() const
+    __device__ __forceinline__ void load_queries()
     {
-        const fa_params &p = a.p;
-        return { (const uint16_t *)p.q.ptr + b * p.q.stride_b + (int64_t)(seq.q0 + i0) * p.q.stride_s + head * p.q.stride_h, p.q.stride_s,
-                 seq.sq - i0, (int)p.d, a.aligned_q };
+        const fa_tensor &q = a.p.q;
+        const uint16_t *from = (const uint16_t *)q.ptr + b * q.stride_b + (int64_t)(seq.q0 + i0) * q.stride_s + head * q.stride_h;
+        if (a.whole_q && i0 + BLOCK_M <= seq.sq) whole_rows::template load<BLOCK_M>(q_tile, from + whole_rows::first(q.stride_s), q.stride_s);
+        else load_tile<BLOCK_M, D, THREADS>(q_tile, { from, q.stride_s, seq.sq - i0, (int)a.p.d, a.aligned_q });
     }
 
     /* Normalises O; lse of row g + 8 half of piece m comes back. */

@@ -237,7 +237,9 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
             for (int x = 0; x < 2; x++)
                 #pragma unroll
                 for (int c = 0; c < 2; c++) {
-                    const float four[4] = { dq[0][2 * x][c], dq[0][2 * x + 1][c], dq[0][2 * x][c + 2], dq[0][2 * x + 1][c + 2] };
+                    const float factor = dq_factor<FA_FLOAT32>();
+                    const float four[4] = { dq[0][2 * x][c] * factor, dq[0][2 * x + 1][c] * factor,
+                                            dq[0][2 * x][c + 2] * factor, dq[0][2 * x + 1][c + 2] * factor };
                     const int column8 = (channel + j) / 8 + lane % 4 / 2 + 2 * c;
                     dq_add(a.dq_accum + dq_block<D>(row, column8), lane / 4 * 4 + lane % 2 * 2 + x, four);
                 }
