@@ -1,5 +1,5 @@
-"""Attention as a module: torch.nn.MultiheadAttention on our kernels, and `replace`, which puts it into a model
-that was built with torch's.
+"""Attention as a module: torch.nn.MultiheadAttention on our kernels, and `replace`, which puts it into a
+model that was built with torch's.
 
 The class is a subclass that adds no state: constructor, initialisation, parameters and state dict are torch's
 own code, so that neither a checkpoint nor an optimizer can tell the two apart. What differs is forward:
@@ -28,8 +28,10 @@ from .flash_attn_interface import (
 _DENSE = {1: flash_attn_qkvpacked_func, 2: flash_attn_kvpacked_func, 3: flash_attn_func}
 _VARLEN = {1: flash_attn_varlen_qkvpacked_func, 2: flash_attn_varlen_kvpacked_func, 3: flash_attn_varlen_func}
 
-_LONG = 1024    # keys. On an H100 a float mask of half padding, forward and backward, 8 sequences of 16 heads of 64:
-                # 2.8 ms alone, 1.7 with its bool twin at 2048 keys; 0.53 and 0.62 ms at 512.
+# Keys from which a float padding mask goes to a GPU with its bool twin. On an H100, half of the batch padded,
+# 8 sequences of 16 heads of 64, forward and backward: 2.8 ms alone and 1.7 with the twin at 2048 keys, 0.53
+# and 0.62 ms at 512.
+_LONG = 1024
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -44,8 +46,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     - A query that sees no key has 0 before out_proj, and weights of 0, in every mode; torch has NaN in some.
     - Dropout acts in steps of 1/256, as in flash_attn_func; with need_weights=True it is torch's own.
     - is_causal promises that attn_mask is the causal mask. As in torch it needs attn_mask, here in eval mode
-      too, and a square attn_mask without gradient is then not read. With bias_k, bias_v or add_zero_attn the mask is used and
-      the promise is not: torch hides the added keys under it, where the mask shows them.
+      too, and a square attn_mask without gradient is then not read. With bias_k, bias_v or add_zero_attn the
+      mask is used and the promise is not: torch hides the added keys under it, where the mask shows them.
     - Nested tensors of both layouts work, in training too; with them there are no masks.
     - Second derivatives are computed with need_weights=True only.
     """
@@ -221,7 +223,7 @@ def _attention_weights(q, k, attn_mask=None, attn_bias=None):
         scores = scores.masked_fill(~attn_mask, -torch.inf)
     if attn_bias is None and attn_mask is None:
         return scores.softmax(-1)
-    empty = scores.isneginf().all(-1, keepdim=True)                     # such a row becomes 0, also in backward
+    empty = scores.isneginf().all(-1, keepdim=True)                 # such a row becomes 0, also in backward
     return scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
 
 
@@ -236,8 +238,8 @@ def _check_mask(name, mask, shapes, device):
     if not isinstance(mask, Tensor):
         raise ArgumentTypeError(f"{name} must be a torch.Tensor; it is a {type(mask).__name__}.")
     if mask.dtype is not torch.bool and not mask.is_floating_point():
-        raise ArgumentTypeError(f"{name} must have dtype torch.bool (True: hidden) or a float dtype (added to "
-                                f"the scores); it has {mask.dtype}. Convert it: {name}.bool().")
+        raise ArgumentTypeError(f"{name} must have dtype torch.bool (True: hidden) or a float dtype (added "
+                                f"to the scores); it has {mask.dtype}. Convert it: {name}.bool().")
     if mask.shape not in shapes:
         raise ArgumentValueError(f"{name} must have shape {' or '.join(map(str, shapes))}; "
                                  f"it has {tuple(mask.shape)}.")
@@ -293,7 +295,7 @@ def _nested_like(x, packed, lengths):
     return torch.nested.as_nested_tensor(list(packed.split(lengths)))
 
 
-# --------------------------------------------------------------------------------------------------- replacing
+# -------------------------------------------------------------------------------------------------- replacing
 
 
 class Replacement:

@@ -112,7 +112,8 @@ class Case:
                 return x
             if id(x) not in leaves:
                 x_moved = x.to(device) if x.dtype is torch.bool else x.to(device, dtype)
-                fixed = {"key_padding_mask": self.padding == "plain float", "attn_mask": self.mask == "causal"}
+                fixed = {"key_padding_mask": self.padding == "plain float",
+                         "attn_mask": self.mask == "causal"}
                 wants = x.is_floating_point() and not fixed.get(name)
                 leaves[id(x)] = name, x_moved.detach().requires_grad_(wants), x
             return leaves[id(x)][1]
@@ -212,7 +213,8 @@ def pairs():
 
 @pytest.mark.parametrize("case", list(pairs()), ids=lambda case: "-".join(
     f"{field.name}={getattr(case, field.name)}" for field in fields(Case)
-    if getattr(case, field.name) != field.default and field.name not in ("seed", "sq", "sk")).replace(" ", "_"))
+    if getattr(case, field.name) != field.default
+    and field.name not in ("seed", "sq", "sk")).replace(" ", "_"))
 def test_every_pair_of_options(device, case):
     settled(case, device).check(device)
 
@@ -225,7 +227,7 @@ def twins(device="cpu", channels=16, heads=2, batch_first=True, **options):
     return theirs, ours
 
 
-# ------------------------------------------------------------------------------------------- a module of torch's
+# --------------------------------------------------------------------------------------- a module of torch's
 
 
 @pytest.mark.parametrize("options", [{}, dict(bias=False), dict(add_bias_kv=True, add_zero_attn=True),
@@ -354,7 +356,7 @@ def test_gradcheck_in_float64():
     assert torch.autograd.gradcheck(lambda x: module(x, x, x, padding, False, mask)[0], x)
 
 
-# --------------------------------------------------------------------------------------------------- ours alone
+# ------------------------------------------------------------------------------------------------- ours alone
 
 
 @pytest.mark.parametrize("weights", [False, True])
@@ -398,7 +400,8 @@ def test_the_causal_hint(device):
     causal = torch.ones(9, 9, dtype=torch.bool, device=device).triu(1)
     padding = torch.arange(9, device=device) >= torch.tensor([[5], [9]], device=device)
     for masks in {}, {"key_padding_mask": padding}:
-        told = module(x, x, x, attn_mask=torch.zeros_like(causal), is_causal=True, need_weights=False, **masks)
+        told = module(x, x, x, attn_mask=torch.zeros_like(causal), is_causal=True, need_weights=False,
+                      **masks)
         torch.testing.assert_close(told[0], module(x, x, x, attn_mask=causal, need_weights=False, **masks)[0])
 
 
@@ -507,7 +510,7 @@ def test_host_cost():
     assert counts[1] < 0.7 * counts[0], counts
 
 
-# ---------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------------------- bad input
 
 
 def test_bad_inputs():
@@ -524,7 +527,8 @@ def test_bad_inputs():
 def test_bad_masks(device):
     module = MultiheadAttention(16, 2, batch_first=True).to(device)
     x = torch.randn(3, 5, 16, device=device)
-    wrong_shapes = [dict(key_padding_mask=torch.zeros(shape, device=device)) for shape in ((3, 4), (5,), (1, 5))]
+    wrong_shapes = [dict(key_padding_mask=torch.zeros(shape, device=device))
+                    for shape in ((3, 4), (5,), (1, 5))]
     wrong_shapes += [dict(attn_mask=torch.zeros(shape, device=device))
                      for shape in ((5, 4), (1, 5, 5), (3, 5, 5), (5,), (3, 2, 5, 5))]
     for weights, masks in itertools.product((False, True), wrong_shapes):

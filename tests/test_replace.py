@@ -49,7 +49,8 @@ def test_replace_in_an_encoder(device):
     x = torch.randn(3, 9, 16, device=device)
     padding = torch.arange(9, device=device) >= torch.tensor([[9], [4], [1]], device=device)
     causal = nn.Transformer.generate_square_subsequent_mask(9, device=device)
-    for masks in ({}, dict(src_key_padding_mask=padding), dict(mask=causal), dict(mask=causal, is_causal=True),
+    for masks in ({}, dict(src_key_padding_mask=padding), dict(mask=causal),
+                  dict(mask=causal, is_causal=True),
                   dict(mask=causal.isneginf(), src_key_padding_mask=padding)):
         assert_trains_as(theirs, ours, x, **masks)
     report.undo()
@@ -117,15 +118,16 @@ class OwnForward(nn.MultiheadAttention):
 
 
 def every_module_to_leave():
-    modules = {name: nn.MultiheadAttention(16, 2) for name in ("good", "hook", "pre", "backward", "out", "own",
-                                                               "norm", "parametrized", "parametrized_out")}
+    modules = {name: nn.MultiheadAttention(16, 2) for name in (
+        "good", "hook", "pre", "backward", "out", "own", "norm", "parametrized", "parametrized_out")}
     modules["hook"].register_forward_hook(lambda *_: None)
     modules["pre"].register_forward_pre_hook(lambda *_: None)
     modules["backward"].register_full_backward_hook(lambda *_: None)
     modules["out"].out_proj.register_forward_hook(lambda *_: None)
     modules["own"].forward = lambda *args: args
-    nn.utils.parametrize.register_parametrization(modules["parametrized"], "in_proj_weight", nn.Identity())
-    nn.utils.parametrize.register_parametrization(modules["parametrized_out"].out_proj, "weight", nn.Identity())
+    parametrize = nn.utils.parametrize.register_parametrization
+    parametrize(modules["parametrized"], "in_proj_weight", nn.Identity())
+    parametrize(modules["parametrized_out"].out_proj, "weight", nn.Identity())
     nn.utils.spectral_norm(modules["norm"], "in_proj_weight")
     modules.update(subclass=OwnForward(16, 2), ours=MultiheadAttention(16, 2),
                    wider=nn.MultiheadAttention(16, 2, dtype=torch.float64),
@@ -139,9 +141,10 @@ def test_what_is_left_and_why():
     before = {name: type(module) for name, module in model.named_modules()}
     report = flash_attn.replace(model)
     assert report.swapped == ["good"]
-    expected = dict(hook="hooks", pre="hooks", backward="hooks", out="hooks", norm="hooks", own="forward of its own",
-                    parametrized="parametrizations", parametrized_out="parametrizations", subclass="OwnForward",
-                    ours="already", wider="float64", largest="514", quantizable="quantizable")
+    expected = dict(
+        hook="hooks", pre="hooks", backward="hooks", out="hooks", norm="hooks", own="forward of its own",
+        parametrized="parametrizations", parametrized_out="parametrizations", subclass="OwnForward",
+        ours="already", wider="float64", largest="514", quantizable="quantizable")
     assert report.left.keys() == expected.keys()
     for name, words in expected.items():
         assert words in report.left[name] and f"{name}: {report.left[name]}" in repr(report)
