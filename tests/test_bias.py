@@ -73,7 +73,7 @@ def test_sizes(device, sizes, bias, mask):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("sizes", [(0, 3, 5), (2, 0, 5), (2, 3, 0), (0, 0, 0)], ids=str)
-@pytest.mark.parametrize("indices", ["", "k", "q", "b", "bhqk"])
+@pytest.mark.parametrize("indices", ["", "k", "q", "b", "qk", "hqk", "bhqk"])
 def test_zero_sizes(device, dtype, sizes, indices):
     """Where a bias still has elements, their gradient is 0."""
     b, sq, sk = sizes

@@ -45,9 +45,10 @@ static void take_tile_sums(struct cpu_dbias *g, struct cpu_arena *arena)
     const struct fa_scores *t = &p->dbias;
     const int64_t matrix = p->sq * p->sk, heads = elements(t->stride_h, p->h), batch = elements(t->stride_b, p->b);
     const bool shared = shares_batch(p) || shares_heads(p);
-    /* The rows of a group's heads that share an element lie in different row blocks; a sequence may end before another. */
+    /* The rows of a group's heads that share an element lie in different row blocks; a sequence may end before another; of
+     * an empty batch there is no term. */
     g->by_item = shares_heads(p) && g->plan->group > 1;
-    g->is_cleared = g->by_item || p->seqused_k;
+    g->is_cleared = g->by_item || p->seqused_k || p->b == 0;
     g->is_apart = t->stride_k != 1 || t->dtype != FA_FLOAT32;
     g->stride_b = g->is_apart ? (batch > 1 ? heads * matrix : 0) : t->stride_b;
     g->stride_h = g->is_apart ? (heads > 1 ? matrix : 0) : t->stride_h;
