@@ -8,7 +8,9 @@
 #include "args.h"
 #include "kernels.h"
 
-enum { COUNTER_BYTES = 128, SECTION_BYTES = 32 << 20 };
+#define LEAST_EFFICIENCY 0.9
+
+enum { COUNTER_BYTES = 128, SECTION_BYTES = 32 << 20, MANY_TILES = 15 };
 
 static int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
@@ -38,13 +40,25 @@ static int64_t section_of(const struct fa_params *p)
     return heads * (p->h / p->hk);
 }
 
-/* Tiles of one length go round; where lengths differ, a counter hands them out. */
-static void schedule(struct fa_sm90_forward_args *f)
+/* How much of the device is busy when units of one length go round. */
+static double efficiency(int64_t units, int64_t blocks) { return (double)units / (double)(blocks_of(units, blocks) * blocks); }
+
+/* Tiles of one length go round. Causal tiles grow with their number: a head's longest and shortest make a pair, pairs are of one
+ * length and go round too, where they fill the device. Elsewhere a counter hands tiles out, longest first. */
+static void schedule(struct fa_sm90_forward_args *f, int64_t multiprocessors)
 {
     const struct fa_params *p = &f->a.p;
-    f->units = (int)(p->b * p->h * f->a.m_tiles);
-    f->section = is_bounded(p) || is_ragged(p) ? (int)section_of(p) : 1;
-    f->counter = is_bounded(p) || is_ragged(p) ? p->workspace : NULL;
+    const int64_t heads = p->b * p->h, pairs = heads * blocks_of(f->a.m_tiles, 2);
+    const bool grows = p->window_left < 0 && p->window_right >= 0 && !is_ragged(p), even = f->a.m_tiles % 2 == 0 || f->a.m_tiles >= MANY_TILES;
+    f->units = (int)(heads * f->a.m_tiles);
+    f->section = 1;
+    if (grows && even && efficiency(pairs, multiprocessors) >= LEAST_EFFICIENCY) {
+        f->section = 0;
+        f->units = (int)pairs;
+    } else if (is_bounded(p) || is_ragged(p)) {
+        f->section = (int)section_of(p);
+        f->counter = p->workspace;
+    }
 }
 
 int64_t fa_sm90_forward_workspace(const struct fa_params *p) { return is_bounded(p) || is_ragged(p) ? COUNTER_BYTES : 0; }
@@ -66,7 +80,7 @@ static enum fa_status run(const struct fa_params *p, const struct fa_cuda_device
     struct fa_sm90_forward_args f = { .a = fa_cuda_arguments(p) };
     f.a.m_tiles = (int)blocks_of(p->sq, kernel->block_m);
     f.a.n_tiles = (int)blocks_of(p->sk, kernel->block_n);
-    schedule(&f);
+    schedule(&f, device->multiprocessors);
     const int blocks = f.units < device->multiprocessors ? f.units : device->multiprocessors;
     enum fa_status status = describe(p, kernel, &f, error);
     if (f.units == blocks) f.counter = NULL;
