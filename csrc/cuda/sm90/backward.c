@@ -52,7 +52,8 @@ static void make_plan(const struct fa_params *p, struct plan *plan)
     plan->kernel = fa_sm90_backward_kernel(p);
     a->m_tiles = (int)((p->sq + plan->kernel->block_m - 1) / plan->kernel->block_m);
     a->n_tiles = (int)((p->sk + plan->kernel->block_n - 1) / plan->kernel->block_n);
-    plan->bytes = fa_cuda_plan_backward(a);
+    plan->bytes = 0;
+    fa_cuda_plan_backward(a, plan->kernel->block_m, &plan->bytes);
     plan->args.section = section_of(a);
 }
 
