@@ -165,7 +165,6 @@ static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_err
     (void)pass;
     if (p->device != FA_CPU) return fa_fail(why, FA_UNSUPPORTED, "runs on the CPU's memory only"), false;
     if (p->dtype == FA_FLOAT64) return fa_fail(why, FA_UNSUPPORTED, "computes in fp32; float64 runs on the reference kernel"), false;
-    if (p->bias.ptr || p->mask.ptr) return fa_fail(why, FA_UNSUPPORTED, "takes no attn_bias or attn_mask yet"), false;
     if (p->d > FA_MAX_CHANNELS || p->d_v > FA_MAX_CHANNELS)
         return fa_fail(why, FA_UNSUPPORTED, "head dims of at most %d; q has %lld, v has %lld", FA_MAX_CHANNELS,
                        (long long)p->d, (long long)p->d_v), false;
