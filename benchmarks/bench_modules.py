@@ -47,8 +47,8 @@ def modules(cell, device):
         theirs = nn.MultiheadAttention(channels, heads, **options)
         ours = nn.MultiheadAttention(channels, heads, **options)
     else:
-        theirs, ours = (nn.TransformerEncoder(nn.TransformerEncoderLayer(channels, heads, 4 * channels, **options), 2,
-                                              enable_nested_tensor=False) for _ in range(2))
+        layer = nn.TransformerEncoderLayer(channels, heads, 4 * channels, **options)
+        theirs, ours = (nn.TransformerEncoder(layer, 2, enable_nested_tensor=False) for _ in range(2))
     ours.load_state_dict(theirs.state_dict())
     flash_attn.replace(ours)
     return {"ours": ours, "torch": theirs}
@@ -105,7 +105,8 @@ def peak_bytes(step, device):
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profile:
         step()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
@@ -113,7 +114,7 @@ def peak_bytes(step, device):
 
 
 def summary(results):
-    """Geometric means by module, dtype and padding, the worst cell, and whether memory grows linearly."""
+    """Geometric means by module, dtype and padding, and the worst cells."""
     heading("ours over torch's")
     table = Table("   module", "dtype", "padded", "cells", " mean", "worst", "worst cell     ")
     for group, members in grouped(results["cells"], "module", "dtype", "padded").items():
@@ -121,14 +122,16 @@ def summary(results):
         ratios = [ratio(cell, "ours", "torch") for cell in members]
         table.row(*group, len(members), geometric_mean(ratios), min(ratios), f"b {worst['b']} s {worst['s']}")
     ratios = [ratio(cell, "ours", "torch") for cell in results["cells"]]
-    print(f"all: {geometric_mean(ratios):.2f} (promised {BAR_MEAN}), worst {min(ratios):.2f} (promised {BAR_CELL})")
+    print(f"all: {geometric_mean(ratios):.2f} (promised {BAR_MEAN}), worst {min(ratios):.2f} "
+          f"(promised {BAR_CELL})")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=tuple(SIZES), default="cpu")
     parser.add_argument("--quick", action="store_true", help="a small grid, to try the script")
-    parser.add_argument("--budget", type=float, default=0.5, help="seconds of repeats for each cell and module")
+    parser.add_argument("--budget", type=float, default=0.5, help="seconds of repeats in a cell, each")
     parser.add_argument("--threads", type=int, help="of torch, on a CPU")
     parser.add_argument("--only", nargs="*", default=(), help="cells with all of these, such as encoder bf16")
     parser.add_argument("--out", type=Path)
@@ -139,7 +142,8 @@ def main():
 
     torch.manual_seed(0)
     results = {**harness.describe(device), "channels_heads": SIZES[device], "cells": [], "memory": []}
-    table = Table("   module", "dtype", "padded", " b", "   s", " ours ms", "torch ms", "ratio", " ours MB", "torch MB")
+    table = Table("   module", "dtype", "padded", " b", "   s", " ours ms", "torch ms", "ratio",
+                  " ours MB", "torch MB")
     for cell in cells(device, arguments.quick):
         if not set(arguments.only) <= {str(value) for value in cell.values()}:
             continue

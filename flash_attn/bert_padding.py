@@ -20,15 +20,15 @@ def unpad_input(hidden_states, attention_mask, unused_mask=None):
 
     Arguments:
         hidden_states: (batch, seqlen, ...).
-        attention_mask: (batch, seqlen), bool or numbers; not 0 where there is a token to attend to. The tokens
-            of a sequence may lie anywhere in its row.
+        attention_mask: (batch, seqlen), bool or numbers; not 0 where there is a token to attend to. The
+            tokens of a sequence may lie anywhere in its row.
         unused_mask: the same for tokens that are packed too, but not attended to.
 
     Returns:
         (hidden_states (nnz, ...), indices (nnz,), cu_seqlens (batch + 1,), max_seqlen, seqused (batch,)):
         indices, int64, are the tokens' rows in hidden_states.flatten(0, 1), and undo this with pad_input;
-        cu_seqlens, int32, are where sequences start; max_seqlen, an int, is the longest one's length; seqused,
-        int32, counts the tokens of attention_mask alone. Differentiable in hidden_states.
+        cu_seqlens, int32, are where sequences start; max_seqlen, an int, is the longest one's length;
+        seqused, int32, counts the tokens of attention_mask alone. Differentiable in hidden_states.
     """
     _check_rows("attention_mask", attention_mask, hidden_states)
     attended = kept = attention_mask != 0
@@ -128,15 +128,15 @@ def __getattr__(name):
         try:
             import einops
         except ImportError as error:
-            raise ImportError(f"flash_attn.bert_padding.{name} is einops.{name}: pip install einops") from error
+            raise ImportError(f"{__name__}.{name} is einops.{name}: pip install einops") from error
         return getattr(einops, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _check_rows(name, mask, hidden_states):
     if mask.dim() != 2 or mask.shape != hidden_states.shape[:2]:
-        raise ArgumentValueError(f"{name} must have shape (batch, seqlen), {tuple(hidden_states.shape[:2])} as "
-                                 f"hidden_states; it has {tuple(mask.shape)}.")
+        raise ArgumentValueError(f"{name} must have shape (batch, seqlen), {tuple(hidden_states.shape[:2])} "
+                                 f"as hidden_states; it has {tuple(mask.shape)}.")
 
 
 def _starts(seqlens):

@@ -1,4 +1,4 @@
-"""Padded batches to packed sequences and back: values, order, gradients, and how often a GPU is waited for."""
+"""Padded batches to packed sequences and back: values, order, gradients, and the one wait for a GPU."""
 
 import sys
 import warnings
@@ -128,7 +128,7 @@ def test_a_gpu_is_waited_for_once(device):
                 call()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        assert len(waits) == 1, [str(wait.message) for wait in waits]
+        assert sum("called a synchronizing" in str(wait.message) for wait in waits) == 1
     torch.cuda.set_sync_debug_mode("error")
     try:
         packed = index_first_axis(x.flatten(0, 1), torch.arange(9, device=device))
@@ -138,7 +138,7 @@ def test_a_gpu_is_waited_for_once(device):
 
 
 def test_names_of_einops(monkeypatch):
-    """`rearrange` and `repeat` are einops' where it is installed, and an ImportError that says so where not."""
+    """`rearrange` and `repeat` are einops' where it is installed, and an error that says so where not."""
     monkeypatch.setitem(sys.modules, "einops", SimpleNamespace(rearrange=len, repeat=max))
     from flash_attn.bert_padding import rearrange, repeat
     assert (rearrange, repeat) == (len, max)

@@ -40,7 +40,7 @@ def demangled(names):
     text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     words = {"(fa_dtype)0": "fp32", "(fa_dtype)1": "fp16", "(fa_dtype)2": "bf16", "(fa_variant)0": "plain",
              "(fa_variant)1": "score-mod", "(fa_variant)2": "dropout", "void ": "", "(fa_cuda_args)": "",
-             "(fa_sm90_forward_args)": "", " >": ">"}
+             "(fa_sm90_forward_args)": "", "(fa_sm90_backward_args)": "", " >": ">"}
     for cast, word in words.items():
         text = text.replace(cast, word)
     return dict(zip(names, text.splitlines()))
@@ -81,17 +81,18 @@ def build_with_cuda():
         pytest.skip("this build has no CUDA kernels")
 
 
-# The main kernels at the edge of 255 registers that still spill a few, and the most bytes that one of them stores.
-SPILLING = {"forward_kernel 96", "forward_kernel 128", "forward_kernel 256", "backward_kernel 256"}
-MOST_SPILLED = 40
+# Kernels at the edge of 255 registers that spill in the copy of their loop that reads biases which are not staged, and the most bytes
+# that one of them stores.
+SPILLING = {"forward_kernel 128", "backward_kernel 256", "fp32_forward_kernel 64", "fp32_backward_kernel 128"}
+MOST_SPILLED = 32
 
 
 def test_no_spills_and_no_stack():
     bad = [entry for entry in entries() if any(int(entry[key]) for key in ("stack", "stores", "loads"))]
     names = demangled([entry["name"] for entry in bad])
-    kernels = {entry["name"]: re.sub(r"<\w+, (\d+),.*", r" \1", names[entry["name"]]) for entry in bad}
+    kernels = {name: re.sub(r"<(?:\w+, )?(\d+),.*", r" \1", text) for name, text in names.items()}
     worse = [entry for entry in bad
-             if kernels[entry["name"]] not in SPILLING or int(entry["stores"]) > MOST_SPILLED]
+             if kernels[entry["name"]] not in SPILLING or "plain" in names[entry["name"]] or int(entry["stores"]) > MOST_SPILLED]
     assert not worse, "\n".join(f"{names[entry['name']]} on {entry['arch']}: stack {entry['stack']}, spills "
                                 f"{entry['stores']} + {entry['loads']} bytes" for entry in worse)
     assert set(kernels.values()) == SPILLING, "kernels that no longer spill must leave the list"

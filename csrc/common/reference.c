@@ -268,7 +268,7 @@ static int64_t workspace(enum fa_pass pass, const struct fa_params *p)
 static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_error *why)
 {
     (void)pass;
-    if (p->dtype == FA_FLOAT64 || fa_is_pinned(fa_kernel_reference.name)) return true;
+    if (p->dtype == FA_FLOAT64 || p->bias.ptr || p->mask.ptr || fa_is_pinned(fa_kernel_reference.name)) return true;
     fa_fail(why, FA_UNSUPPORTED,
             "serves float64 only; FLASH_ATTN_KERNEL=reference lets it take any type, slowly");
     return false;

@@ -53,8 +53,11 @@ static struct scratch take_scratch(const struct cpu_plan *plan, struct cpu_arena
     t.s = fa_cpu_take(arena, strip);
     t.dp = fa_cpu_take(arena, strip);
     t.to = (struct fa_gradients){ t.s, t.dp, t.dp, false };
-    if (element != 4)
-        for (int i = 0; i < 3; i++) *(i == 0 ? &t.to.p : i == 1 ? &t.to.ds : &t.to.ds_sum) = fa_cpu_take(arena, element * m * plan->s_row);
+    if (element != 4) {
+        t.to.p = fa_cpu_take(arena, element * m * plan->s_row);
+        t.to.ds = fa_cpu_take(arena, element * m * plan->s_row);
+        t.to.ds_sum = fa_cpu_take(arena, element * m * plan->s_row);
+    }
     t.z = plan->keep256 < 256 ? fa_cpu_take(arena, strip) : NULL;
     t.derivative = plan->p->softcap > 0 ? fa_cpu_take(arena, strip) : NULL;
     return t;

@@ -24,22 +24,11 @@ struct rows_of {
     bool aligned;
 };
 
-/* Chunk by chunk, threads of the block side by side. Aligned rows travel by cp.async: commit and wait are the caller's. Tiles that
- * exist whole, nearly all, take a loop without a condition. */
+/* Any tile, chunk by chunk, threads of the block side by side. Aligned rows travel by cp.async: commit and wait are the caller's. */
 template <int ROWS, int D, int THREADS> FA_DEVICE void load_tile(uint32_t tile, const rows_of &from)
 {
-    constexpr int CHUNKS = D / 8, TOTAL = ROWS * CHUNKS, ROUNDS = (TOTAL + THREADS - 1) / THREADS;
-    int64_t stride = from.stride;
-    asm volatile("" : "+l"(stride));            /* else a main loop keeps every round's offset in registers: spills */
-    if (from.aligned && from.rows >= ROWS && from.d == D) {
-        #pragma unroll
-        for (int i = 0; i < ROUNDS; i++) {
-            const int at = i * THREADS + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
-            if (TOTAL % THREADS && at >= TOTAL) break;
-            cp_async_16(tile + tile_offset<D>(row, chunk), from.ptr + row * stride + chunk * 8, 16);
-        }
-        return;
-    }
+    constexpr int CHUNKS = D / 8, TOTAL = ROWS * CHUNKS;
+    const int64_t stride = from.stride;
     #pragma unroll 1
     for (int at = threadIdx.x; at < TOTAL; at += THREADS) {
         const int row = at / CHUNKS, chunk = at % CHUNKS;
@@ -57,6 +46,31 @@ template <int ROWS, int D, int THREADS> FA_DEVICE void load_tile(uint32_t tile, 
         }
     }
 }
+
+/* Tiles that exist whole, nearly all: a thread keeps its chunk and takes every STEP-th row, so that a pointer and an offset in the
+ * tile are all it needs. Worked out anew, addresses were a quarter of the forward pass's instructions. */
+template <int D, int THREADS> struct whole_tile {
+    enum : int { CHUNKS = D / 8, FIT = THREADS / CHUNKS, STEP = FIT >= 32 ? 32 : FIT >= 16 ? 16 : FIT >= 8 ? 8 : 4 };
+    static_assert(FIT >= 4, "chunks change places by rows modulo 4 or 8");
+
+    /* The element where this thread starts, relative to the tile's first. */
+    static __device__ __forceinline__ int64_t first(int64_t stride)
+    {
+        return threadIdx.x / CHUNKS * stride + threadIdx.x % CHUNKS * 8;
+    }
+    template <int ROWS> static __device__ __forceinline__ void load(uint32_t tile, const uint16_t *from, int64_t stride)
+    {
+        static_assert(ROWS % STEP == 0, "whole steps");
+        const int thread = threadIdx.x;
+        if (STEP * CHUNKS < THREADS && thread >= STEP * CHUNKS) return;
+        const uint32_t at = tile + tile_offset<D>(thread / CHUNKS, thread % CHUNKS);
+        #pragma unroll
+        for (int i = 0; i < ROWS / STEP; i++) {
+            cp_async_16((STEP == 4 && i % 2 ? at ^ 64 : at) + i * STEP * 2 * D, from, 16);
+            from += STEP * stride;
+        }
+    }
+};
 
 /* The first `rows` rows and `d` columns back to global memory, by THREADS threads of which this is `thread`. */
 template <int ROWS, int D, int THREADS>

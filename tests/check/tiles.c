@@ -21,6 +21,11 @@ static const struct { const char *name; fa_sm90_find *find; } hopper_tables[] = 
     { "sm90 forward 128", fa_sm90_forward_bf16_128 }, { "sm90 forward 192", fa_sm90_forward_bf16_192 },
     { "sm90 forward 256", fa_sm90_forward_bf16_256 },
 };
+static const struct { const char *name; fa_sm90_find_backward *find; } hopper_backward_tables[] = {
+    { "sm90 backward 64",  fa_sm90_backward_64 },  { "sm90 backward 96",  fa_sm90_backward_96 },
+    { "sm90 backward 128", fa_sm90_backward_128 }, { "sm90 backward 192", fa_sm90_backward_192 },
+    { "sm90 backward 256", fa_sm90_backward_256 },
+};
 #endif
 
 static const char *const variants[] = { "plain", "score-mod", "dropout" };
@@ -37,6 +42,10 @@ int main(void)
     for (size_t n = 0; n < sizeof hopper_tables / sizeof *hopper_tables; n++)
         for (enum fa_variant variant = FA_PLAIN; variant < FA_VARIANTS; variant++)
             print(hopper_tables[n].name, variant, "", hopper_tables[n].find(variant));
+    for (size_t n = 0; n < sizeof hopper_backward_tables / sizeof *hopper_backward_tables; n++)
+        for (enum fa_variant variant = FA_PLAIN; variant < FA_VARIANTS; variant++)
+            print(hopper_backward_tables[n].name, variant, "",
+                  hopper_backward_tables[n].find(FA_BFLOAT16, variant == FA_SCORE_MOD, variant == FA_DROPOUT));
 #endif
     for (size_t n = 0; n < sizeof tables / sizeof *tables; n++)
         for (enum fa_variant variant = FA_PLAIN; variant < FA_VARIANTS; variant++) {

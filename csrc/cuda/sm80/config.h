@@ -5,43 +5,39 @@
 
 #include "../args.h"
 
-/* Forward. SUB_N keys go through the softmax at a time; BLOCKS blocks share a multiprocessor, which bounds the registers. */
+/* Forward. BLOCKS blocks share a multiprocessor, which bounds the registers. */
 template <int D, fa_variant V, bool SMALL> struct forward_tile : forward_tile<D, V, false> {};
-template <int BM, int BN, int SUB, int W, int B> struct forward_row {
-    enum { BLOCK_M = BM, BLOCK_N = BN, SUB_N = SUB, STAGES = 2, WARPS = W, BLOCKS = B };
+template <int BM, int BN, int S, int W, int B> struct forward_row {
+    enum { BLOCK_M = BM, BLOCK_N = BN, STAGES = S, WARPS = W, BLOCKS = B };
 };
-/*                                                                     BLOCK_M  BLOCK_N  SUB_N  WARPS  BLOCKS      KB */
-template <fa_variant V> struct forward_tile< 32, V, false>        : forward_row<128,  64, 32, 4, 2> {};         /*  24 */
-template <> struct forward_tile< 64, FA_PLAIN, false>             : forward_row<128,  64, 64, 4, 2> {};         /*  48; SUB_N 32 -4 % */
-template <fa_variant V> struct forward_tile< 64, V, false>        : forward_row<128,  64, 32, 4, 2> {};
-template <fa_variant V> struct forward_tile< 96, V, false>        : forward_row<128,  64, 32, 4, 2> {};         /*  72 */
-template <> struct forward_tile< 96, FA_DROPOUT, false>           : forward_row<128,  32, 32, 4, 2> {};         /*  48 */
-template <>             struct forward_tile<128, FA_PLAIN, false> : forward_row<128,  64, 32, 4, 2> {};         /*  96 */
-template <fa_variant V> struct forward_tile<128, V, false>        : forward_row<128,  32, 32, 4, 2> {};         /*  64; 64 keys spill */
-template <fa_variant V> struct forward_tile<192, V, false>        : forward_row<128,  64, 32, 8, 1> {};         /* 144 */
-template <fa_variant V> struct forward_tile<256, V, false>        : forward_row<128,  64, 32, 8, 1> {};         /* 192 */
-template <> struct forward_tile<256, FA_DROPOUT, false>           : forward_row<128,  32, 32, 8, 1> {};         /* 128 */
-template <fa_variant V> struct forward_tile<192, V, true>         : forward_row< 64,  32, 32, 4, 2> {};         /*  72 */
-template <fa_variant V> struct forward_tile<256, V, true>         : forward_row< 64,  32, 32, 4, 2> {};         /*  96 */
+/*                                                              BLOCK_M  BLOCK_N  STAGES  WARPS  BLOCKS      KB */
+template <fa_variant V> struct forward_tile< 32, V, false>        : forward_row<128,  64, 2, 4, 2> {};      /*  24 */
+template <fa_variant V> struct forward_tile< 64, V, false>        : forward_row<128,  64, 2, 4, 2> {};      /*  48 */
+template <fa_variant V> struct forward_tile< 96, V, false>        : forward_row<128,  32, 2, 4, 2> {};      /*  48; 64 keys spill */
+template <> struct forward_tile< 96, FA_PLAIN, false>             : forward_row<128,  64, 2, 4, 2> {};      /*  72 */
+template <fa_variant V> struct forward_tile<128, V, false>        : forward_row<128,  32, 2, 4, 2> {};      /*  64; 64 keys spill */
+template <> struct forward_tile<128, FA_PLAIN, false>             : forward_row<128,  64, 2, 4, 2> {};      /*  96 */
+template <fa_variant V> struct forward_tile<192, V, false>        : forward_row< 64,  64, 1, 4, 2> {};      /*  72 */
+template <fa_variant V> struct forward_tile<256, V, false>        : forward_row< 64,  64, 1, 4, 2> {};      /*  96 */
 
-/* Backward. ROLES = 2: see backward.cuh. */
+/* Backward. Q_WARPS warps share keys, see backward.cuh; dQ is worked out 8 DQ_STEP channels at a time. */
 template <int D, fa_variant V, bool SMALL> struct backward_tile : backward_tile<D, V, false> {};
-template <int BM, int BN, int S, int W, int R, int B> struct backward_row {
-    enum { BLOCK_M = BM, BLOCK_N = BN, STAGES = S, WARPS = W, ROLES = R, BLOCKS = B };
+template <int BM, int BN, int S, int W, int QW, int DQ, int B> struct backward_row {
+    enum { BLOCK_M = BM, BLOCK_N = BN, STAGES = S, WARPS = W, Q_WARPS = QW, DQ_STEP = DQ, BLOCKS = B };
 };
-/*                                                              BLOCK_M  BLOCK_N  STAGES  WARPS  ROLES  BLOCKS      KB */
-template <fa_variant V> struct backward_tile< 32, V, false>        : backward_row< 64, 64, 2, 4, 1, 2> {};
-template <fa_variant V> struct backward_tile< 64, V, false>        : backward_row< 64, 64, 2, 4, 1, 2> {};
-template <>             struct backward_tile< 64, FA_PLAIN, false> : backward_row< 32, 128, 2, 4, 1, 2> {};
-template <fa_variant V> struct backward_tile< 96, V, false>        : backward_row< 64, 64, 2, 8, 2, 1> {};     /* 4 warps, 1 role spill */
-template <>             struct backward_tile< 96, FA_PLAIN, false> : backward_row< 64, 64, 2, 4, 1, 2> {};
-template <fa_variant V> struct backward_tile<128, V, false>        : backward_row< 32, 64, 2, 4, 1, 2> {};
-template <>             struct backward_tile<128, FA_PLAIN, false> : backward_row< 64, 64, 2, 4, 1, 2> {};     /* 105 */
-template <fa_variant V> struct backward_tile<192, V, false>        : backward_row< 32, 64, 2, 8, 2, 1> {};
-template <fa_variant V> struct backward_tile<256, V, false>        : backward_row< 32, 64, 2, 8, 2, 1> {};     /* 133 */
-template <fa_variant V> struct backward_tile<128, V, true>         : backward_row< 32, 64, 2, 4, 1, 2> {};
-template <fa_variant V> struct backward_tile<192, V, true>         : backward_row< 32, 64, 1, 8, 2, 1> {};
-template <fa_variant V> struct backward_tile<256, V, true>         : backward_row< 32, 32, 2, 4, 2, 2> {};     /*  99 */
+/*                                                              BLOCK_M  BLOCK_N  STAGES  WARPS  Q_WARPS  DQ_STEP  BLOCKS      KB */
+template <fa_variant V> struct backward_tile< 32, V, false>        : backward_row< 64, 64, 2, 4, 1, 2, 2> {};
+template <fa_variant V> struct backward_tile< 64, V, false>        : backward_row< 64, 64, 2, 4, 2, 4, 2> {};
+template <>             struct backward_tile< 64, FA_PLAIN, false> : backward_row< 32, 128, 2, 4, 1, 2, 2> {};
+template <fa_variant V> struct backward_tile< 96, V, false>        : backward_row< 64, 64, 2, 4, 2, 6, 2> {};
+template <>         struct backward_tile< 96, FA_SCORE_MOD, false> : backward_row< 64, 32, 2, 4, 2, 6, 2> {};
+template <fa_variant V> struct backward_tile<128, V, false>        : backward_row< 64, 64, 2, 8, 4, 4, 1> {};  /* 113 */
+template <>             struct backward_tile<128, FA_PLAIN, false> : backward_row< 64, 128, 2, 8, 2, 4, 1> {}; /* 161 */
+template <fa_variant V> struct backward_tile<192, V, false>        : backward_row< 64, 64, 2, 8, 4, 6, 1> {};  /* 161 */
+template <fa_variant V> struct backward_tile<256, V, false>        : backward_row< 64, 64, 2, 8, 4, 4, 1> {};  /* 209 */
+template <fa_variant V> struct backward_tile<128, V, true>         : backward_row< 32, 64, 2, 4, 2, 4, 2> {};
+template <fa_variant V> struct backward_tile<192, V, true>         : backward_row< 64, 32, 1, 4, 4, 6, 1> {};
+template <fa_variant V> struct backward_tile<256, V, true>         : backward_row< 32, 32, 1, 4, 2, 4, 1> {};
 
 /* fp32, for every device. A warp has 16 or 32 queries forward, 16 keys backward; see fp32_backward.cuh for D = 256. */
 template <int D> struct fp32_forward_tile;

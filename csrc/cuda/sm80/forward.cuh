@@ -2,17 +2,19 @@
  *
  *     S = Q K^T    P = exp2(c S - m)    l = rowsum P    O = P V / l    lse = ln 2 (m + log2 l)        c = scale log2 e
  *
- * Each warp owns 16 or 32 of the rows, all keys and all channels: softmax needs no other warp. K and V tiles come by cp.async
- * through STAGES stages, one barrier a tile. A tile is worked off in pieces of SUB_N keys whose scores are all issued first:
+ * Each warp owns 16 or 32 of the rows, all keys and all channels: softmax needs no other warp. K and V tiles come by cp.async,
+ * through two stages with one barrier a tile, or through one, where V loads behind S and the next K behind O:
  *
- *     S(0) S(1) | softmax(0) O += P(0) V(0) | softmax(1) O += P(1) V(1)
+ *     S = Q K^T | maxima | P(0) | P(1)  O += P(0) V(0) | P(2)  O += P(1) V(1) | ...          P(k): 16 keys
  *
- * so the tensor cores work on S(1) while softmax(0) runs, on O while softmax(1) runs, and the registers hold one tile of S.
+ * so the tensor cores work on O while the next exponents are taken, and the registers of S are free as soon as they are P.
  * 32 rows a warp halve the shared-memory reads per product; from D = 192 on O does not leave registers for that.
  * Tiles that some row does not see whole take a second copy of the loop body with masks. Keys run from last to first. */
 #ifndef FA_SM80_FORWARD_CUH
 #define FA_SM80_FORWARD_CUH
 
+#include "../bias.cuh"
+#include "../mask.cuh"
 #include "../score.cuh"
 #include "../tile.cuh"
 #include "config.h"
@@ -21,25 +23,31 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     enum : int {
         WARPS = Tile::WARPS, THREADS = 32 * WARPS, BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, STAGES = Tile::STAGES,
         ROWS = BLOCK_M / WARPS, MT = ROWS / 16,             /* rows of a warp; 16-row pieces of them */
-        SUB_N = Tile::SUB_N, SUBS = BLOCK_N / SUB_N, NT = SUB_N / 8, DT = D / 8,
+        NT = BLOCK_N / 8, KT = BLOCK_N / 16, DT = D / 8,    /* keys by 8 and by 16, channels by 8 */
+        AHEAD = MT == 1 ? 3 : 1,                            /* operands of S load so many products ahead */
         ROW_BYTES = 2 * D, KV_BYTES = BLOCK_N * ROW_BYTES, Q_BYTES = BLOCK_M * ROW_BYTES,
-        SHARED_BYTES = Q_BYTES + 2 * STAGES * KV_BYTES,
+        SHARED_BYTES = Q_BYTES + 2 * STAGES * KV_BYTES, BIAS_TILE_BYTES = BLOCK_M * BLOCK_N * 2, BIAS_BYTES = STAGES * BIAS_TILE_BYTES,
     };
-    static_assert(BLOCK_M % (16 * WARPS) == 0 && BLOCK_N % SUB_N == 0 && SUB_N % 16 == 0 && D % 32 == 0, "whole fragments");
+    static constexpr float LARGEST_SHIFT = 4096.0f;         /* rounded to 2^-13: fp16 has 11 bits */
+    static_assert(BLOCK_M % (16 * WARPS) == 0 && BLOCK_N % 32 == 0 && D % 32 == 0, "whole fragments");
 
     const fa_cuda_args &a;
     const int lane, warp, b, head, kv_head, i0;             /* i0: first query of the block */
     const sequence seq;
-    const uint32_t q_tile, k_tiles, v_tiles;
+    const uint32_t q_tile, k_tiles, v_tiles, bias_tiles;
     int n_first, n_last;                                    /* tiles [first, last) */
+    const uint16_t *k_at, *v_at;                            /* this thread's start in the next tile to load */
 
+    uint64_t seed, offset;                                  /* of dropout: loads cannot move over the loop's barriers */
     float o[MT][DT][4];
     float row_max[MT][2], row_sum[MT][2];                   /* rows g and g + 8 of each piece; the sum is this lane's share */
 
     __device__ __forceinline__ forward(const fa_cuda_args &args, int batch, int h, int m, uint32_t shared)
         : a(args), lane(threadIdx.x & 31), warp(threadIdx.x >> 5), b(batch), head(h), kv_head(h / args.group), i0(m * BLOCK_M),
-          seq(sequence_of(args.p, batch)), q_tile(shared), k_tiles(shared + Q_BYTES), v_tiles(k_tiles + STAGES * KV_BYTES)
+          seq(sequence_of(args.p, batch)), q_tile(shared), k_tiles(shared + Q_BYTES), v_tiles(k_tiles + STAGES * KV_BYTES),
+          bias_tiles(shared + SHARED_BYTES)
     {
+        if (VARIANT == FA_DROPOUT) seed = a.p.rng[0], offset = a.p.rng[1];
         #pragma unroll
         for (int m_ = 0; m_ < MT; m_++) {
             #pragma unroll
@@ -51,24 +59,49 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         }
     }
 
-    /* Keys from tile n on. Worked out afresh for every tile: pointers kept over the loop would spill. */
-    __device__ __forceinline__ rows_of keys(const fa_tensor &t, int n, int d, bool aligned) const
+    /* Tile n of K or V, if there is one, from this thread's place in it, which moves on. Tiles come in descending order: all but the
+     * first exist whole. */
+    using whole_rows = whole_tile<D, THREADS>;
+    __device__ __forceinline__ const uint16_t *place(const fa_tensor &t, int n) const
     {
-        return { (const uint16_t *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + n * BLOCK_N) * t.stride_s + kv_head * t.stride_h, t.stride_s,
-                 seq.sk - n * BLOCK_N, d, aligned };
+        return (const uint16_t *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + n * BLOCK_N) * t.stride_s + kv_head * t.stride_h
+             + whole_rows::first(t.stride_s);
     }
-    __device__ __forceinline__ void load_stage(int n)
+    template <bool FIRST>                                   /* the one that may not */
+    __device__ __forceinline__ void load_keys(uint32_t tile, int n, const uint16_t *&at, const fa_tensor &t, int d, bool whole, bool aligned)
     {
-        if (n >= n_first) {
-            const int stage = n % STAGES;
-            load_tile<BLOCK_N, D, THREADS>(k_tiles + stage * KV_BYTES, keys(a.p.k, n, (int)a.p.d, a.aligned_k));
-            load_tile<BLOCK_N, D, THREADS>(v_tiles + stage * KV_BYTES, keys(a.p.v, n, (int)a.p.d_v, a.aligned_v));
-        }
-        cp_async_commit();
+        if (n < n_first) return;
+        if (has_mask<VARIANT>(a)) at = place(t, n);         /* the tile before may have been passed over */
+        if (whole && (!FIRST || (n + 1) * BLOCK_N <= seq.sk)) whole_rows::template load<BLOCK_N>(tile, at, t.stride_s);
+        else load_tile<BLOCK_N, D, THREADS>(tile, { at - whole_rows::first(t.stride_s), t.stride_s, seq.sk - n * BLOCK_N, d, aligned });
+        at -= BLOCK_N * t.stride_s;
+    }
+    template <bool FIRST> __device__ __forceinline__ void load_k(int n, int stage)
+    {
+        load_keys<FIRST>(k_tiles + stage * KV_BYTES, n, k_at, a.p.k, (int)a.p.d, a.whole_k, a.aligned_k);
+    }
+    /* And the bias, which is wanted no sooner. */
+    template <bool FIRST> __device__ __forceinline__ void load_v(int n, int stage)
+    {
+        load_keys<FIRST>(v_tiles + stage * KV_BYTES, n, v_at, a.p.v, (int)a.p.d_v, a.whole_v, a.aligned_v);
+        if (VARIANT != FA_PLAIN && a.bias_staged && n >= n_first)
+            load_bias_tile<BLOCK_M, BLOCK_N, THREADS>(bias_tiles + stage * BIAS_TILE_BYTES, a, seq, b, head, i0, n * BLOCK_N);
     }
 
-    /* S (ROWS, SUB_N) = Q K^T, keys from row `key` of the tile. */
-    __device__ __forceinline__ void scores(float (&s)[MT][NT][4], uint32_t k_tile, int key)
+    /* The tile to work with after n: the one before it that the mask shows a key of. */
+    __device__ __forceinline__ int tile_after(int n) const
+    {
+        if (!has_mask<VARIANT>(a)) return n - 1;
+        return last_visible_tile(a.mask, mask_plane(a.mask, b, head), i0 / BLOCK_M, n_first, n);
+    }
+    __device__ __forceinline__ bool needs_no_mask(int n) const
+    {
+        if (has_bias<VARIANT>(a) && !a.bias_staged) return false;       /* biases that are not staged share the masks' copy of the loop */
+        return !has_mask<VARIANT>(a) || tile_is_whole(a.mask, mask_plane(a.mask, b, head), i0 / BLOCK_M, n);
+    }
+
+    /* S (ROWS, BLOCK_N) = Q K^T */
+    __device__ __forceinline__ void scores(float (&s)[MT][NT][4], uint32_t k_tile)
     {
         #pragma unroll
         for (int m = 0; m < MT; m++)
@@ -76,57 +109,113 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             for (int n = 0; n < NT; n++)
                 #pragma unroll
                 for (int e = 0; e < 4; e++) s[m][n][e] = 0.0f;
+        const int thread = thread_anew(), lane = thread & 31, warp = thread >> 5;
         const uint32_t q_at = q_tile + warp * ROWS * ROW_BYTES + lane_a<D>(lane);
-        const uint32_t k_at = k_tile + key * ROW_BYTES + lane_b<D>(lane);
+        const uint32_t k_at = k_tile + lane_b<D>(lane);
+        constexpr int STEPS = D / 16, PAIRS = NT / 2;
+        uint32_t q[2][MT][4], keys[AHEAD + 1][4];           /* operands in use, and what comes AHEAD of use */
+        auto load_q = [&](int k) {
+            #pragma unroll
+            for (int m = 0; m < MT; m++) ldmatrix(q[k % 2][m], step<D>(q_at, k) + m * 16 * ROW_BYTES);
+        };
+        auto load_keys = [&](int x) { ldmatrix(keys[x % (AHEAD + 1)], step<D>(k_at, x / PAIRS) + x % PAIRS * 16 * ROW_BYTES); };
+        load_q(0);
         #pragma unroll
-        for (int k = 0; k < D / 16; k++) {
-            uint32_t q[MT][4];
+        for (int x = 0; x < AHEAD; x++) load_keys(x);
+        #pragma unroll (D == 128 ? 2 * PAIRS : STEPS * PAIRS)       /* more at a time spills */
+        for (int x = 0; x < STEPS * PAIRS; x++) {           /* 16 channels of 16 keys at a time */
+            if (x % PAIRS == 0 && x / PAIRS + 1 < STEPS) load_q(x / PAIRS + 1);
+            if (x + AHEAD < STEPS * PAIRS) load_keys(x + AHEAD);
             #pragma unroll
-            for (int m = 0; m < MT; m++) ldmatrix(q[m], step<D>(q_at, k) + m * 16 * ROW_BYTES);
-            #pragma unroll
-            for (int n = 0; n < NT; n += 2) {
-                uint32_t keys[4];
-                ldmatrix(keys, step<D>(k_at, k) + n * 8 * ROW_BYTES);
+            for (int n = 0; n < 2; n++)
                 #pragma unroll
-                for (int m = 0; m < MT; m++) {
-                    mma<T>(s[m][n], q[m], keys[0], keys[1]);
-                    mma<T>(s[m][n + 1], q[m], keys[2], keys[3]);
-                }
-            }
+                for (int m = 0; m < MT; m++)
+                    mma<T>(s[m][x % PAIRS * 2 + n], q[x / PAIRS % 2][m], keys[x % (AHEAD + 1)][n * 2], keys[x % (AHEAD + 1)][n * 2 + 1]);
         }
     }
 
     __device__ __forceinline__ int query(int m, int half) const { return i0 + warp * ROWS + m * 16 + half * 8 + (lane >> 2); }
 
-    /* Score mods, then -inf where row and column do not see each other. j0: key of column 0. */
-    template <bool MASKED> __device__ __forceinline__ void modify(float (&s)[MT][NT][4], int j0)
+    __device__ __forceinline__ void add_staged_bias(float (&s)[MT][NT][4], uint32_t bias_tile)
     {
-        const bool mods = has_score_mod<VARIANT>(a);
-        const float slope = mods ? alibi_slope(a, b, head) : 0.0f;
+        const uint32_t at = bias_tile + warp * ROWS * BLOCK_N * 2 + lane_a<BLOCK_N>(lane);
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int n = 0; n < NT; n += 2) {
+                uint32_t x[4];
+                ldmatrix(x, step<BLOCK_N>(at, n / 2) + m * 16 * BLOCK_N * 2);
+                add_piece<T>(s[m][n], s[m][n + 1], x, a.bias_scale);
+            }
+    }
+    __device__ __forceinline__ void add_bias(float (&s)[MT][NT][4], int j)
+    {
         #pragma unroll
         for (int m = 0; m < MT; m++)
             #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int i = query(m, half), diagonal = i + seq.sk - seq.sq, j = j0 + (lane & 3) * 2;
-                if (mods) {
-                    #pragma unroll
-                    for (int x = 0; x < 2 * NT; x++) {
-                        float unused;
-                        s[m][x / 2][2 * half + x % 2] = modify_score(a, s[m][x / 2][2 * half + x % 2], slope,
-                                                                     diagonal - (j + x / 2 * 8 + x % 2), unused);
-                    }
-                }
-                if (!MASKED) continue;
-                const int first = first_key(a, seq, i) - j, last = last_key(a, seq, i) - j;
+                bias_walk bias = bias_from(a, seq, b, head, query(m, half), j);
                 #pragma unroll
-                for (int x = 0; x < 2 * NT; x++)
-                    if (x / 2 * 8 + x % 2 < first || x / 2 * 8 + x % 2 >= last) s[m][x / 2][2 * half + x % 2] = -INFINITY;
+                for (int x = 0; x < 2 * NT; x++) {
+                    float &score = s[m][x / 2][2 * half + x % 2];
+                    score = fmaf(score, a.bias_scale, bias_next(bias, x % 2 ? 7 : 1));
+                }
             }
     }
 
-    /* S becomes P; max, sum and O follow. O is rescaled only where some row of the warp has a new maximum. All rows go through each
-     * step together: one row's maximum, shuffles and exponent are a long chain of waits. */
-    __device__ __forceinline__ void softmax(float (&s)[MT][NT][4])
+    /* Score mods and bias, then -inf where row and column do not see each other. j0: key of column 0. */
+    template <bool MASKED> __device__ __forceinline__ void modify(float (&s)[MT][NT][4], int j0, uint32_t bias_tile, bool bounded)
+    {
+        const int j = j0 + (lane & 3) * 2;
+        if (has_score_mod<VARIANT>(a)) {
+            const float slope = alibi_slope(a, b, head);
+            #pragma unroll
+            for (int m = 0; m < MT; m++)
+                #pragma unroll
+                for (int x = 0; x < 4 * NT; x++) {
+                    const int distance = query(m, x % 4 / 2) + seq.sk - seq.sq - (j + x / 4 * 8 + x % 2);
+                    float unused;
+                    s[m][x / 4][x % 4] = modify_score(a, s[m][x / 4][x % 4], slope, distance, unused);
+                }
+        }
+        if (VARIANT != FA_PLAIN && a.bias_staged) add_staged_bias(s, bias_tile);
+        else if (MASKED && has_bias<VARIANT>(a)) add_bias(s, j);
+        if (!MASKED) return;
+        if (VARIANT == FA_PLAIN || bounded) {
+            #pragma unroll
+            for (int m = 0; m < MT; m++)
+                #pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int i = query(m, half), first = first_key(a, seq, i) - j, last = last_key(a, seq, i) - j;
+                    #pragma unroll
+                    for (int x = 0; x < 2 * NT; x++)
+                        if (x / 2 * 8 + x % 2 < first || x / 2 * 8 + x % 2 >= last) s[m][x / 2][2 * half + x % 2] = -INFINITY;
+                }
+        }
+        if (has_mask<VARIANT>(a)) hide(s, j0);
+    }
+
+    /* -inf where the mask hides the key. A word has the keys of four accumulators. */
+    __device__ __forceinline__ void hide(float (&s)[MT][NT][4], int j0)
+    {
+        const int plane = mask_plane(a.mask, b, head);
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++)
+                #pragma unroll
+                for (int n = 0; n < NT; n += 4) {
+                    const uint32_t word = mask_word(a.mask, plane, min(query(m, half), seq.sq - 1), j0 + n * 8) >> (lane & 3) * 2;
+                    #pragma unroll
+                    for (int x = 0; x < 8; x++)
+                        if (!(word >> (x / 2 * 8 + x % 2) & 1)) s[m][n + x / 2][2 * half + x % 2] = -INFINITY;
+                }
+    }
+
+    /* The maxima with this tile's scores; sums and O follow, only where some row of the warp has a new one. All rows go through each
+     * step together: one row's maximum and shuffles are a long chain of waits. P = exp2(c S - shift): one FMA is exact enough while
+     * the rounding of c max is; of larger scores the maximum is taken off here. */
+    __device__ __forceinline__ void maxima(float (&s)[MT][NT][4], float (&shift)[MT][2])
     {
         const float c = a.exponent_scale;
         float top[MT][2];
@@ -145,21 +234,41 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
                 moved |= top[m][half] > row_max[m][half];
             }
         if (__any_sync(0xffffffff, moved)) rescale(top);
+        bool huge = false;
         #pragma unroll
         for (int m = 0; m < MT; m++)
             #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const float shift = row_max[m][half] == -INFINITY ? 0.0f : row_max[m][half] * c;    /* no visible key yet: P = 0 */
-                float sum = 0.0f;
+                shift[m][half] = row_max[m][half] == -INFINITY ? 0.0f : row_max[m][half] * c;       /* no visible key yet: P = 0 */
+                huge |= fabsf(shift[m][half]) > LARGEST_SHIFT;
+            }
+        if (huge) {
+            #pragma unroll
+            for (int m = 0; m < MT; m++)
                 #pragma unroll
-                for (int n = 0; n < NT; n++)
+                for (int half = 0; half < 2; half++) {
+                    if (fabsf(shift[m][half]) <= LARGEST_SHIFT) continue;
                     #pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        float &x = s[m][n][2 * half + e];
-                        x = exp2_approx(fmaf(x, c, -shift));
-                        sum += x;
-                    }
-                row_sum[m][half] += sum;
+                    for (int x = 0; x < 2 * NT; x++) s[m][x / 2][2 * half + x % 2] -= row_max[m][half];
+                    shift[m][half] = 0.0f;
+                }
+        }
+    }
+
+    /* S becomes P, keys 16 k.. */
+    __device__ __forceinline__ void exponents(float (&s)[MT][NT][4], const float (&shift)[MT][2], int k)
+    {
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                #pragma unroll
+                for (int x = 0; x < 4; x++) {
+                    float &p = s[m][2 * k + x / 2][2 * half + x % 2];
+                    p = exp2_approx(fmaf(p, a.exponent_scale, -shift[m][half]));
+                }
+                row_sum[m][half] += (s[m][2 * k][2 * half] + s[m][2 * k][2 * half + 1])
+                                  + (s[m][2 * k + 1][2 * half] + s[m][2 * k + 1][2 * half + 1]);
             }
     }
 
@@ -179,89 +288,104 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     }
 
     /* Flags of what dropout drops, per 16x16 piece, two pieces at a time. */
-    __device__ __forceinline__ void dropout_flags(uint32_t (&flags)[MT][NT / 2][2], int j0)
+    __device__ __forceinline__ void dropout_flags(uint32_t (&flags)[MT][KT][2], int j0)
     {
         const uint32_t batch_head = b * (int)a.p.h + head, first_i = (i0 + warp * ROWS) / 16, first_j = j0 / 16;
         #pragma unroll
-        for (int at = 0; at < MT * NT / 2; at += 2) {
+        for (int at = 0; at < MT * KT; at += 2) {
             uint32_t bytes[2][2], piece_i[2], piece_j[2];
             #pragma unroll
             for (int x = 0; x < 2; x++) piece_i[x] = first_i + (at + x) % MT, piece_j[x] = first_j + (at + x) / MT;
-            dropout_bytes(bytes, a.p.rng[0], a.p.rng[1], batch_head, piece_i, piece_j, lane, false);
+            dropout_bytes(bytes, seed, offset, batch_head, piece_i, piece_j, lane, false);
             #pragma unroll
             for (int x = 0; x < 4; x++)
                 flags[(at + x / 2) % MT][(at + x / 2) / MT][x % 2] = dropped_flags(bytes[x / 2][x % 2], a.keep256);
         }
     }
 
-    /* O += P V, keys from row `key` of the tile. Register r of a left operand: rows' half r % 2, keys' half r / 2. */
-    __device__ __forceinline__ void accumulate(const float (&s)[MT][NT][4], const uint32_t (&flags)[MT][NT / 2][2], uint32_t v_tile, int key)
+    /* O += P V, keys 16 k.. Register r of a left operand: rows' half r % 2, keys' half r / 2. */
+    __device__ __forceinline__ void accumulate(const float (&s)[MT][NT][4], const uint32_t (&flags)[MT][KT][2], uint32_t v_tile, int k)
     {
-        const uint32_t v_at = v_tile + key * ROW_BYTES + lane_b_trans<D>(lane);
+        const uint32_t v_at = v_tile + k * 16 * ROW_BYTES + lane_b_trans<D>(lane);
+        uint32_t p[MT][4];
         #pragma unroll
-        for (int k = 0; k < SUB_N / 16; k++) {
-            uint32_t p[MT][4];
+        for (int m = 0; m < MT; m++)
             #pragma unroll
-            for (int m = 0; m < MT; m++)
-                #pragma unroll
-                for (int r = 0; r < 4; r++) {
-                    p[m][r] = pack<T>(s[m][2 * k + r / 2][r % 2 * 2], s[m][2 * k + r / 2][r % 2 * 2 + 1]);
-                    if (VARIANT == FA_DROPOUT) p[m][r] &= ~dropped_pair(flags[m][k], 2 * (r % 2) + r / 2);
-                }
+            for (int r = 0; r < 4; r++) {
+                p[m][r] = pack<T>(s[m][2 * k + r / 2][r % 2 * 2], s[m][2 * k + r / 2][r % 2 * 2 + 1]);
+                if (VARIANT == FA_DROPOUT) p[m][r] &= ~dropped_pair(flags[m][k], 2 * (r % 2) + r / 2);
+            }
+        #pragma unroll
+        for (int j = 0; j < DT; j += 2) {
+            uint32_t v[4];
+            ldmatrix_trans(v, step<D>(v_at, j / 2));
             #pragma unroll
-            for (int j = 0; j < DT; j += 2) {
-                uint32_t v[4];
-                ldmatrix_trans(v, step<D>(v_at, j / 2) + k * 16 * ROW_BYTES);
-                #pragma unroll
-                for (int m = 0; m < MT; m++) {
-                    mma<T>(o[m][j], p[m], v[0], v[1]);
-                    mma<T>(o[m][j + 1], p[m], v[2], v[3]);
-                }
+            for (int m = 0; m < MT; m++) {
+                mma<T>(o[m][j], p[m], v[0], v[1]);
+                mma<T>(o[m][j + 1], p[m], v[2], v[3]);
             }
         }
     }
 
-    template <bool MASKED> __device__ __forceinline__ void tile(int n)
+    /* Tile n, while the one after it loads, whose number comes back. Stages alternate; where no tile is passed over n says which it is.
+     * `bounded`: some row does not see all of it, whatever the mask says. */
+    template <bool MASKED> __device__ __forceinline__ int tile(int n, int turn, bool bounded)
     {
-        const uint32_t k_tile = k_tiles + n % STAGES * KV_BYTES, v_tile = v_tiles + n % STAGES * KV_BYTES;
-        cp_async_wait<STAGES - 2>();
-        __syncthreads();                            /* tile n is here for all, and all are done with tile n + 1 */
-        load_stage(n - (STAGES - 1));
-        float s[SUBS][MT][NT][4];
-        #pragma unroll
-        for (int sub = 0; sub < SUBS; sub++) scores(s[sub], k_tile, sub * SUB_N);
-        #pragma unroll
-        for (int sub = 0; sub < SUBS; sub++) {
-            const int j0 = n * BLOCK_N + sub * SUB_N;
-            uint32_t dropped[MT][NT / 2][2];
-            if (MASKED || has_score_mod<VARIANT>(a)) modify<MASKED>(s[sub], j0);
-            softmax(s[sub]);
-            if (VARIANT == FA_DROPOUT) dropout_flags(dropped, j0);
-            accumulate(s[sub], dropped, v_tile, sub * SUB_N);
+        const int stage = VARIANT == FA_PLAIN ? (uint32_t)n % STAGES : turn;
+        const uint32_t k_tile = k_tiles + stage * KV_BYTES, v_tile = v_tiles + stage * KV_BYTES;
+        const int after = tile_after(n), other = stage ^ (STAGES - 1);
+        cp_async_wait<0>();
+        __syncthreads();                            /* tile n (one stage: K(n)) is here for all, and all are done with the one before */
+        if (STAGES > 1) load_k<false>(after, other), load_v<false>(after, other);
+        else if (n == n_last - 1) load_v<true>(n, other);
+        else load_v<false>(n, other);
+        cp_async_commit();
+        float s[MT][NT][4], shift[MT][2];
+        uint32_t dropped[MT][KT][2];
+        if (VARIANT == FA_DROPOUT) dropout_flags(dropped, n * BLOCK_N);
+        scores(s, k_tile);
+        if (STAGES == 1) {
+            cp_async_wait<0>();
+            __syncthreads();                        /* V(n) is here for all, and all are done with K(n) */
+            load_k<false>(after, other);
+            cp_async_commit();
         }
+        if (MASKED || VARIANT != FA_PLAIN) modify<MASKED>(s, n * BLOCK_N, bias_tiles + stage * BIAS_TILE_BYTES, bounded);
+        maxima(s, shift);
+        exponents(s, shift, 0);
+        #pragma unroll
+        for (int k = 0; k < KT; k++) {
+            if (k + 1 < KT) exponents(s, shift, k + 1);
+            accumulate(s, dropped, v_tile, k);
+        }
+        return after;
     }
 
-    /* Tiles from `n_last - 1` down to `n_first`; those in [whole_first, whole_last) every row of the block sees whole. */
+    /* Tiles from `n_last - 1` down to `n_first`; those in [whole_first, whole_last) every row of the block sees whole but for the mask. */
     __device__ __forceinline__ void run()
     {
         const int i_end = min(i0 + BLOCK_M, seq.sq) - 1;
         const int whole_first = (first_key(a, seq, i_end) + BLOCK_N - 1) / BLOCK_N, whole_last = max(last_key(a, seq, i0), 0) / BLOCK_N;
-        load_tile<BLOCK_M, D, THREADS>(q_tile, query_rows());
-        #pragma unroll
-        for (int s = 1; s < STAGES; s++) load_stage(n_last - s);
-        int n = n_last - 1;
+        load_queries();
+        k_at = place(a.p.k, n_last - 1);
+        v_at = place(a.p.v, n_last - 1);
+        int n = tile_after(n_last), stage = (uint32_t)n % STAGES;
+        load_k<true>(n, stage);
+        if (STAGES > 1) load_v<true>(n, stage);
+        cp_async_commit();
         while (n >= n_first) {
-            for (; n >= n_first && (n >= whole_last || n < whole_first); n--) tile<true>(n);
-            for (; n >= n_first && n >= whole_first; n--) tile<false>(n);
+            for (; n >= n_first && (n >= whole_last || n < whole_first || !needs_no_mask(n)); stage ^= STAGES - 1) n = tile<true>(n, stage, n >= whole_last || n < whole_first);
+            for (; n >= n_first && n >= whole_first && needs_no_mask(n); stage ^= STAGES - 1) n = tile<false>(n, stage, false);
         }
         cp_async_wait<0>();
     }
 
-    __device__ __forceinline__ rows_of query_rows() const
+    __device__ __forceinline__ void load_queries()
     {
-        const fa_params &p = a.p;
-        return { (const uint16_t *)p.q.ptr + b * p.q.stride_b + (int64_t)(seq.q0 + i0) * p.q.stride_s + head * p.q.stride_h, p.q.stride_s,
-                 seq.sq - i0, (int)p.d, a.aligned_q };
+        const fa_tensor &q = a.p.q;
+        const uint16_t *from = (const uint16_t *)q.ptr + b * q.stride_b + (int64_t)(seq.q0 + i0) * q.stride_s + head * q.stride_h;
+        if (a.whole_q && i0 + BLOCK_M <= seq.sq) whole_rows::template load<BLOCK_M>(q_tile, from + whole_rows::first(q.stride_s), q.stride_s);
+        else load_tile<BLOCK_M, D, THREADS>(q_tile, { from, q.stride_s, seq.sq - i0, (int)a.p.d, a.aligned_q });
     }
 
     /* Normalises O; lse of row g + 8 half of piece m comes back. */
@@ -272,7 +396,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         const float factor = empty ? 0.0f : (VARIANT == FA_DROPOUT ? a.kept : 1.0f) / sum;
         #pragma unroll
         for (int j = 0; j < DT; j++) o[m][j][2 * half] *= factor, o[m][j][2 * half + 1] *= factor;
-        return empty ? -INFINITY : 0.69314718f * (row_max[m][half] * a.exponent_scale + log2_approx(sum));
+        return empty ? -INFINITY : row_max[m][half] * (0.69314718f * a.exponent_scale) + 0.69314718f * log2_approx(sum);
     }
 
     __device__ __forceinline__ void store()
@@ -326,8 +450,8 @@ __global__ void __launch_bounds__(32 * Tile::WARPS, Tile::BLOCKS) forward_kernel
 {
     extern __shared__ __align__(128) uint8_t shared[];
     using kernel = forward<T, D, VARIANT, Tile>;
-    const int m = a.m_tiles - 1 - blockIdx.x % a.m_tiles, batch_head = blockIdx.x / a.m_tiles;
-    kernel block(a, batch_head / (int)a.p.h, batch_head % (int)a.p.h, m, shared_address(shared));
+    const block_place place = place_of_block<VARIANT>(a, (int)a.p.h, a.m_tiles);
+    kernel block(a, place.b, place.head, a.m_tiles - 1 - place.tile, shared_address(shared));
     if (block.i0 >= block.seq.sq) return;
     const int i_end = min(block.i0 + kernel::BLOCK_M, block.seq.sq) - 1;
     const int first = first_key(a, block.seq, block.i0) / kernel::BLOCK_N;

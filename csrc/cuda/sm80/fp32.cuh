@@ -3,6 +3,8 @@
  *     x = big + small         big: x rounded to the 11 bits of tf32; small = x - big, exact
  *     a b ~ small_a big_b + big_a small_b + big_a big_b        what is left out is below 2^-22 a b
  *
+ * tf32 ends where fp32's subnormal numbers have 13 bits more, so the tensor cores see 2^13 small: what x has below big is above
+ * their last bit then, down to the smallest x.
  * Tensor cores round sums towards zero, a bias that grows with their number: summed there throughout, 130 keys could cost 16 eps
  * instead of 2. So they sum 16 products at a time, small terms first, and fp32 adds, rounded to nearest, carry these sums on.
  *
@@ -18,26 +20,30 @@
 #ifndef FA_SM80_FP32_CUH
 #define FA_SM80_FP32_CUH
 
+#include "../bias.cuh"
+#include "../mask.cuh"
 #include "../score.cuh"
 #include "config.h"
 #include "instance.cuh"
 
 /* --------------------------------------------------------------------------------------------------- operands */
 
+constexpr float SMALL_FACTOR = 8192.0f;
+
 struct left_operand  { uint32_t big[2][4], small[2][4]; };      /* (16, 16): two k-steps of eight */
 struct right_operand { uint32_t big[2][2], small[2][2]; };      /* (16, 8) */
 
 /* Rounded by hand: cvt.rna.tf32 takes two instructions more for Inf and NaN, and would again for `small`. That has up to 12 bits,
  * of which mma reads 11: the error is at most the last bit of x. CUT, not rounded, gives both parts the sign of x at the price of
- * two bits: where products overflow, the parts' products are then infinities of one sign, not a NaN. */
+ * two bits: where products overflow, the parts' products are then infinities of one sign, not a NaN or the wrong infinity. */
 template <bool CUT = false> FA_DEVICE void split(float x, uint32_t &big, uint32_t &small)
 {
     big = (__float_as_uint(x) + (CUT ? 0 : 0x1000)) & 0xffffe000;
-    small = __float_as_uint(x - __uint_as_float(big));
+    small = __float_as_uint((x - __uint_as_float(big)) * (CUT ? 1.0f : SMALL_FACTOR));
 }
 
 /* C (16, 8) += A (16, 16) B (16, 8) */
-FA_DEVICE void multiply(float (&c)[4], const left_operand &a, const right_operand &b)
+template <bool CUT = false> FA_DEVICE void multiply(float (&c)[4], const left_operand &a, const right_operand &b)
 {
     float sum[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
     #pragma unroll
@@ -45,20 +51,22 @@ FA_DEVICE void multiply(float (&c)[4], const left_operand &a, const right_operan
     #pragma unroll
     for (int k = 0; k < 2; k++) mma_tf32(sum, a.big[k], b.small[k]);
     #pragma unroll
+    for (int e = 0; e < 4; e++) sum[e] *= CUT ? 1.0f : 1.0f / SMALL_FACTOR;
+    #pragma unroll
     for (int k = 0; k < 2; k++) mma_tf32(sum, a.big[k], b.big[k]);
     #pragma unroll
     for (int e = 0; e < 4; e++) c[e] += sum[e];
 }
 
-/* Whether a lane of the warp holds a NaN: from the data, or from parts whose products overflow. */
-template <int MT, int NT> FA_DEVICE bool warp_has_nan(const float (&c)[MT][NT][4])
+/* Whether a lane of the warp holds an infinity or a NaN: from the data, or from products that overflow. */
+template <int MT, int NT> FA_DEVICE bool warp_overflows(const float (&c)[MT][NT][4])
 {
-    bool has = false;
+    bool does = false;
     #pragma unroll
     for (int n = 0; n < MT * NT; n++)
         #pragma unroll
-        for (int e = 0; e < 4; e++) has |= isnan(c[n / NT][n % NT][e]);
-    return __any_sync(0xffffffff, has);
+        for (int e = 0; e < 4; e++) does |= !(fabsf(c[n / NT][n % NT][e]) < INFINITY);
+    return __any_sync(0xffffffff, does);
 }
 
 /* Accumulators of 16 columns as the left operand of a product that sums over these columns. */
@@ -108,6 +116,27 @@ template <int ROWS, int D, int THREADS> FA_DEVICE void load_fp32_tile(uint32_t t
         }
     }
 }
+
+/* Tiles that exist whole, nearly all, as tile.cuh's whole_tile: a thread keeps its chunk and takes every STEP-th row. */
+template <int D, int THREADS> struct whole_fp32_tile {
+    enum : int { CHUNKS = D / 4, STEP = THREADS / CHUNKS };
+    static_assert(THREADS % CHUNKS == 0 && (STEP & (STEP - 1)) == 0, "a thread keeps its chunk, rows their order in the swizzle");
+
+    static __device__ __forceinline__ int64_t first(int64_t stride)
+    {
+        return threadIdx.x / CHUNKS * stride + threadIdx.x % CHUNKS * 4;
+    }
+    template <int ROWS> static __device__ __forceinline__ void load(uint32_t tile, const float *from, int64_t stride)
+    {
+        const int thread = thread_anew();
+        const uint32_t at = tile + fp32_offset<D>(thread / CHUNKS, thread % CHUNKS);
+        #pragma unroll
+        for (int i = 0; i < ROWS / STEP; i++) {
+            cp_async_16((at ^ fp32_swizzle(i * STEP) << 4) + i * STEP * 4 * D, from, 16);
+            from += STEP * stride;
+        }
+    }
+};
 
 /* Where a lane starts to read 8 (right) or 16 (left) rows by rows, or columns by columns. */
 template <int D> FA_DEVICE uint32_t lane_rows(int lane) { return fp32_offset<D>(lane >> 2, lane & 3); }
@@ -179,7 +208,7 @@ FA_DEVICE void store_chunk(float *row, int column, int d, bool aligned, float4 x
 /* ---------------------------------------------------------------------------------------------------- instances */
 
 /* FA_SM80_FP32_INSTANCES(forward, 64) defines fa_sm80_fp32_forward_64(dtype, variant, small), by which launch.c finds kernels.
- * One tile serves every device; the kernel that does dropout does score mods too. */
+ * One tile serves every device; the kernel that does dropout does score mods, biases and masks too. */
 #define FA_SM80_FP32_KERNEL(pass, D, VARIANT) \
     kernel_facts<fp32_##pass##_tile<D>, fp32_##pass<D, VARIANT>>::with((const void *)fp32_##pass##_kernel<D, VARIANT>)
 

@@ -30,7 +30,6 @@ static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_err
     if (!device || fa_cuda_check_sizes(p, why)) return false;
     if (device->capability != HOPPER) reason = "needs a GPU of compute capability 9.0";
     else if (p->dtype != FA_FLOAT16 && p->dtype != FA_BFLOAT16) reason = "serves float16 and bfloat16";
-    else if (pass == FA_BACKWARD) reason = "has no backward pass";
     else if (pass == FA_FORWARD && (p->d > 192 || p->d_v > 192) && fa_cuda_variant(p) == FA_DROPOUT && fa_cuda_has_score_mod(p))
         reason = "serves dropout beside softcap, ALiBi or a scale <= 0 up to head dimension 192";
     else if (p->bias.ptr || p->mask.ptr) reason = "serves neither attn_bias nor attn_mask";
@@ -38,7 +37,9 @@ static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_err
     else if (!is_readable(p, &p->q, p->h, q_rows, q_batch) || !is_readable(p, &p->k, p->hk, k_rows, k_batch)
              || !is_readable(p, &p->v, p->hk, k_rows, k_batch))
         reason = "needs rows of q, k and v that start at multiples of 16 bytes, none of them expanded";
-    else if (fa_cuda_shared_limit(device) < fa_sm90_forward_kernel(p)->shared_bytes)
+    else if (pass == FA_BACKWARD && !is_readable(p, &p->dout, p->h, q_rows, q_batch))
+        reason = "needs rows of dout that start at multiples of 16 bytes, none of them expanded";
+    else if (fa_cuda_shared_limit(device) < (pass == FA_FORWARD ? fa_sm90_forward_kernel(p) : fa_sm90_backward_kernel(p))->shared_bytes)
         reason = "needs more shared memory than a block may take (FLASH_ATTN_SMEM_KB lowers it)";
     else if (pass == FA_FORWARD && is_better_split(p, device)) reason = "has too few tiles to fill the device, and does not split keys";
     if (reason) fa_fail(why, FA_UNSUPPORTED, "%s", reason);
@@ -47,12 +48,7 @@ static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_err
 
 static int64_t workspace(enum fa_pass pass, const struct fa_params *p)
 {
-    return pass == FA_FORWARD ? fa_sm90_forward_workspace(p) : 0;
+    return pass == FA_FORWARD ? fa_sm90_forward_workspace(p) : fa_sm90_backward_workspace(p);
 }
 
-static enum fa_status backward(const struct fa_params *p, struct fa_error *error)
-{
-    return fa_fail(error, FA_UNSUPPORTED, "no Hopper kernel for the backward pass at %p", p->q.ptr);
-}
-
-const struct fa_kernel fa_kernel_sm90 = { "sm90", supports, workspace, fa_sm90_forward, backward };
+const struct fa_kernel fa_kernel_sm90 = { "sm90", supports, workspace, fa_sm90_forward, fa_sm90_backward };

@@ -42,9 +42,15 @@ enum fa_status fa_tensor_map_encode(struct fa_tensor_map *map, enum fa_dtype dty
                                    : dtype == FA_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
     encode_tiled *encode = find_encode(error);
     if (!encode) return FA_FAILED;
-    const CUresult result = encode((CUtensorMap *)map, type, 4, t->ptr, dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    CUresult result = CUDA_ERROR_INVALID_CONTEXT;
+    int device;
+    /* A thread new to CUDA, as autograd's may be, has no context before cudaSetDevice. */
+    for (int attempt = 0; attempt < 2 && result == CUDA_ERROR_INVALID_CONTEXT; attempt++) {
+        if (attempt && (cudaGetDevice(&device) || cudaSetDevice(device))) break;
+        result = encode((CUtensorMap *)map, type, 4, t->ptr, dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    }
     if (result == CUDA_SUCCESS) return FA_OK;
     return fa_fail(error, FA_FAILED, "cuTensorMapEncodeTiled: error %d for a tensor of (%lld, %lld, %lld, %lld) at %p", (int)result,
                    (long long)b, (long long)s, (long long)h, (long long)d, t->ptr);

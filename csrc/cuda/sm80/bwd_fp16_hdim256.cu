@@ -1,0 +1,6 @@
+/* cuda/sm80/bwd_fp16_hdim256.cu: the backward kernels of fp16 and head-dim bucket 256, and where launch.c finds them and those of bf16. */
+#include "backward.cuh"
+#include "instance.cuh"
+
+FA_SM80_INSTANCES(backward, fp16, FA_FLOAT16, 256)
+FA_SM80_FIND(backward, 256)
