@@ -291,6 +291,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     /* Tiles from `n_last - 1` down to `n_first`; those in [whole_first, whole_last) every row of the block sees whole. */
     __device__ __forceinline__ void run()
     {
+        if (n_first >= n_last) return;              /* no key is visible; Q must not arrive where O will lie */
         const int i_end = min(i0 + BLOCK_M, seq.sq) - 1;
         const int whole_first = (first_key(a, seq, i_end) + BLOCK_N - 1) / BLOCK_N, whole_last = max(last_key(a, seq, i0), 0) / BLOCK_N;
         load_queries();
