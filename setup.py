@@ -21,6 +21,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
@@ -31,10 +32,13 @@ from setuptools.errors import CompileError, LinkError, OptionError
 
 SOURCES = ["csrc/python_module.c", *sorted(glob("csrc/common/*.c")), *sorted(glob("csrc/cpu/*.c"))]
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.c"))
-KERNELS = sorted(glob("csrc/cuda/sm*/*.cu"), key=lambda path: ("bwd" not in path, path)) + sorted(glob("csrc/cuda/*.cu"))
+KERNELS = sorted(glob("csrc/cuda/sm80/*.cu"), key=lambda path: ("bwd" not in path, path)) + sorted(glob("csrc/cuda/*.cu"))
+HOPPER_SOURCES = sorted(glob("csrc/cuda/sm90/*.c"))
+HOPPER_KERNELS = sorted(glob("csrc/cuda/sm90/*.cu"))    # wgmma exists on 9.0 only: compiled for that alone, if it is asked for
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--ptxas-options=-v"]
 NVCC_SMALL = "--compress-mode=size"          # a fifth of the size; needs nvcc 12.9 and a driver for CUDA 12.4
-NVCC_ARCHS = os.environ.get("FLASH_ATTN_CUDA_ARCHS") or "80;90"
+NVCC_ARCHS = (os.environ.get("FLASH_ATTN_CUDA_ARCHS") or "80;90").replace(",", ";").split(";")
+WITH_HOPPER = "90" in NVCC_ARCHS
 SANITIZE = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"]
 
 
@@ -89,6 +93,10 @@ class BuildExt(build_ext):
         if self.cuda:
             jobs = [(self.nvcc_command(), source) for source in KERNELS] + jobs
             jobs += [(c_command, source) for source in CUDA_SOURCES]
+        if self.cuda and WITH_HOPPER:
+            hopper = self.nvcc_command(["-gencode=arch=compute_90a,code=sm_90a"])
+            jobs = [(hopper, source) for source in HOPPER_KERNELS] + jobs
+            jobs += [(c_command, source) for source in HOPPER_SOURCES]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
             objects = list(pool.map(lambda job: self.compile_one(*job), jobs))
         target = Path(self.get_ext_fullpath(ext.name))
@@ -102,18 +110,18 @@ class BuildExt(build_ext):
         flags = ["-O3", "-std=c11", "-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
                  "-I" + sysconfig.get_path("include")]
         if self.cuda:
-            flags += ["-DFA_WITH_CUDA", f'-DFA_CUDA_ARCHS="{NVCC_ARCHS}"', f"-I{self.cuda}/include"]
+            flags += ["-DFA_WITH_CUDA", f'-DFA_CUDA_ARCHS="{";".join(NVCC_ARCHS)}"', f"-I{self.cuda}/include"]
+            flags += ["-DFA_WITH_SM90"] if WITH_HOPPER else []
         if switched_on("FLASH_ATTN_WERROR"):
             flags.append("-Werror")
         if switched_on("FLASH_ATTN_SANITIZE"):
             flags += SANITIZE
         return [*self.compiler_command, *flags, *shlex.split(os.environ.get("CFLAGS", ""))]
 
-    def nvcc_command(self):
+    def nvcc_command(self, targets=None):
         nvcc = str(self.cuda / "bin" / "nvcc")
-        archs = NVCC_ARCHS.replace(",", ";").split(";")
-        targets = [f"-gencode=arch=compute_{arch},code=[sm_{arch}{',compute_' + arch if arch == archs[0] else ''}]"
-                   for arch in archs]
+        targets = targets or [f"-gencode=arch=compute_{arch},code=[sm_{arch}{',compute_' + arch if n == 0 else ''}]"
+                              for n, arch in enumerate(NVCC_ARCHS)]
         known = subprocess.run([nvcc, "--help"], stdout=subprocess.PIPE, text=True).stdout
         return [nvcc, *NVCC_FLAGS, *([NVCC_SMALL] if NVCC_SMALL.split("=")[0] in known else []), *targets]
 
@@ -138,8 +146,10 @@ class BuildExt(build_ext):
             return str(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         recipe.unlink(missing_ok=True)
-        log = Path("build/ptxas", Path(source).with_suffix(".log").name) if source.endswith(".cu") else None
+        log = Path("build/ptxas", source).with_suffix(".log") if source.endswith(".cu") else None
+        started = time.time()
         run(command, CompileError, log)
+        os.utime(output, (started, started))            # a header that changes while its users compile is newer
         recipe.write_text(shlex.join(command))
         return str(output)
 

@@ -5,7 +5,7 @@
 16,384 tokens of width 2048: head dims 64, 128 and 256, sequences of 512 to 16,384, causal or not, with and without dropout;
 forward, backward and both, in bfloat16; a smaller grid in float32. Peers: torch's scaled_dot_product_attention through each of
 its backends (FLASH is FlashAttention-2, CUDNN, EFFICIENT), attention written out, and FlashAttention-4 where `flash_attn.cute`
-can be imported. `sm80` is this package held to its portable kernels.
+can be imported. `sm80` is this package held to its portable kernels. Control-C ends the grid and keeps what was measured.
 
 All are timed in turns by events, the host's part left out; what a call costs the host is a table of its own. TFLOP/s count
 4 b h S^2 d for the forward pass, half of it if causal, 2.5 times that for the backward pass, whatever is really computed.
@@ -32,7 +32,7 @@ TOKENS, WIDTH = 16384, 2048
 LENGTHS, DIMS = (512, 1024, 2048, 4096, 8192, 16384), (64, 128, 256)
 DROPOUT = 0.1
 STANDARD_MOST = 4096                    # longest sequence whose S x S matrix is written out
-BUDGET = 0.06                           # seconds of repeats for each implementation and cell
+BUDGET = 0.02                           # seconds of repeats for each implementation and cell
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 # The fewest times the best peer's speed that we promise in a cell, and in the geometric mean of a pass.
@@ -215,12 +215,15 @@ def measure_grid(cells, budget):
     heading("TFLOP/s, median of the repeats")
     table = Table("    pass", "dtype", "drop", "  d", "causal", "    S", *(name.rjust(5) for name in IMPLEMENTATIONS), "best", " ours/best")
     measured = []
-    for cell in cells:
-        cell = measure_cell(cell, budget)
-        measured.append(cell)
-        rates = [speed(cell, name) for name in IMPLEMENTATIONS]
-        table.row(cell["pass"], cell["dtype"], cell["dropout"] or None, cell["d"], "causal" if cell["causal"] else "full", cell["s"],
-                  *(rate and f"{rate:.0f}" for rate in rates), best_peer(cell), over_best(cell))
+    try:
+        for cell in cells:
+            cell = measure_cell(cell, budget)
+            measured.append(cell)
+            rates = [speed(cell, name) for name in IMPLEMENTATIONS]
+            table.row(cell["pass"], cell["dtype"], cell["dropout"] or None, cell["d"], "causal" if cell["causal"] else "full", cell["s"],
+                      *(rate and f"{rate:.0f}" for rate in rates), best_peer(cell), over_best(cell))
+    except KeyboardInterrupt:
+        print(f"interrupted: {len(measured)} of {len(cells)} cells are kept")
     return measured
 
 

@@ -1,12 +1,12 @@
 """The CPU kernels beside torch's scaled_dot_product_attention (SDPA) and attention written out.
 
-    python benchmarks/bench_cpu.py [--isa avx512|avx2] [--quick]
+    python benchmarks/bench_cpu.py [--isa amx|avx512_bf16|avx512|avx2] [--quick | --masks]
 
 Both sides are held to one instruction set: the script starts itself again with what caps ours, torch, MKL and
 oneDNN in the environment, and refuses to measure if the caps did not take. GFLOP/s count 4 h S^2 d for the
 forward pass, half of it if causal, and 2.5 times that for the backward pass, whatever an implementation
 really computes. Results go to benchmarks/results/cpu-<isa>-<cpu>.json and .png; with --quick, a small grid to
-try the script, to build/.
+try the script, to build/; with --masks, only what biases and masks cost, to cpu-masks-<isa>-<cpu>.json.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -31,6 +32,9 @@ from flash_attn.info import report
 from harness import Table, geometric_mean, grouped, heading, ratio, round_robin, seconds
 
 CAPS = {
+    "amx": {"FLASH_ATTN_CPU_ISA": "amx"},                 # neither side is held back
+    "avx512_bf16": {"FLASH_ATTN_CPU_ISA": "avx512_bf16", "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+                    "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
     "avx512": {"FLASH_ATTN_CPU_ISA": "avx512", "MKL_ENABLE_INSTRUCTIONS": "AVX512",
                "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},      # neither AMX nor AVX512-BF16 on either side
     "avx2": {"FLASH_ATTN_CPU_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2",
@@ -41,9 +45,10 @@ HEADS = {512: 8, 1024: 8, 2048: 8, 4096: 4, 8192: 2}      # by sequence length: 
 QUICK = 512, 2048                                         # the sequence lengths of --quick
 STANDARD_MOST = 2048                                      # longest sequence whose S x S matrix is written out
 
-# What we promise, as ratios to SDPA's speed unless said otherwise.
+# What we promise, as ratios to SDPA's speed unless said otherwise; with AMX bf16 forward is to reach 1.5.
 BARS = {("forward", "fp32"): 1.15, ("forward", "bf16"): 1.15, ("forward", "fp16"): 1.15,
         ("backward", "fp32"): 1.2, ("backward", "bf16"): 3.0, ("backward", "fp16"): 3.0}
+BAR_AMX_FORWARD = 1.5
 BAR_CELL = 0.9
 BAR_HALF_BACKWARD = 0.85                                  # of our own fp32 backward
 BAR_CAUSAL = 0.6                                          # of the time of full attention, from S = 1024 on
@@ -116,9 +121,11 @@ def start_again_capped(isa):
 
 
 def require_caps(isa, rates):
-    """Capped, bf16 has no instructions of its own: SDPA cannot run much faster in it than in fp32."""
-    if f"CPU instruction set: {isa}" not in report():
+    """Capped below bf16's own instructions, SDPA cannot run much faster in it than in fp32."""
+    if f"CPU instruction set: {isa}\n" not in report():
         sys.exit(f"bench_cpu.py: flash_attn does not run at {isa} here; see flash_attn.info()")
+    if isa in ("amx", "avx512_bf16"):
+        return
     cell = {"s": 512, "h": 8, "d": 64, "causal": False}
     calls = {dtype: forward_call("sdpa", {**cell, "dtype": dtype}) for dtype in ("fp32", "bf16")}
     times = round_robin(calls, 0.5)
@@ -148,12 +155,13 @@ float fma_loop(long n)
     return 0 TWELVE(SUM);
 }
 """
-FMA_FLAGS = {"avx512": (64, ["-mavx512f"]), "avx2": (32, ["-mavx2", "-mfma"])}
+FMA_FLAGS = {"avx2": (32, ["-mavx2", "-mfma"])}
+FMA_FLAGS_512 = 64, ["-mavx512f"]
 
 
 def fma_peak(isa, threads):
     """FLOP/s of fp32 multiply-adds in registers: no fp32 kernel can be faster on as many threads."""
-    width, flags = FMA_FLAGS[isa]
+    width, flags = FMA_FLAGS.get(isa, FMA_FLAGS_512)
     steps = 10 ** 7
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(threads) as pool:
         source, library = Path(folder, "fma.c"), Path(folder, "fma.so")
@@ -259,6 +267,67 @@ def measure_grid(cells, budget):
     return measured
 
 
+# --------------------------------------------------------------------------------------------- biases and masks
+
+
+# Sizes (b, h, S), and what is given: its bar is a share of our own time without. Padding hides half of the keys.
+MASKED_SIZES = (4, 8, 128), (2, 8, 512), (1, 4, 2048)
+GIVEN = {"bias": 1.25, "bias with gradient": 1.25, "mask": 1.25, "padding": 1 / 1.5}
+BAR_MASKED = 1.5                                          # of SDPA with the same bias or mask
+
+
+def score_operand(given, cell):
+    """The bias or mask of a cell, the same for ours and SDPA."""
+    generator = torch.Generator().manual_seed(1)
+    b, h, s = cell["b"], cell["h"], cell["s"]
+    if given == "padding":
+        return (torch.arange(s) < s // 2).expand(b, 1, 1, s).contiguous()
+    if given == "mask":
+        return torch.rand(1, 1, s, s, generator=generator) < 0.9
+    return torch.randn(1, h, s, s, generator=generator).to(DTYPES[cell["dtype"]]) if given else None
+
+
+def masked_call(name, given, cell):
+    generator = torch.Generator().manual_seed(0)
+    shape = (cell["b"], cell["h"], cell["s"], cell["d"])
+    *inputs, dout = [torch.randn(shape, generator=generator).to(DTYPES[cell["dtype"]]) for _ in range(4)]
+    if name == "ours":
+        inputs, dout = [x.transpose(1, 2).contiguous() for x in inputs], dout.transpose(1, 2).contiguous()
+    backward, mask = cell["pass"] == "backward", score_operand(given, cell)
+    wanted = [*inputs, mask] if given == "bias with gradient" else inputs
+    for x in wanted if backward else ():
+        x.requires_grad_()
+    attention = flash_attn.flash_attn_func if name == "ours" else F.scaled_dot_product_attention
+    call = functools.partial(attention, *inputs, attn_mask=mask)
+    if not backward:
+        return call
+    out = call()
+    return lambda: torch.autograd.grad(out, wanted, dout, retain_graph=True)
+
+
+def measure_masks(thread_counts, budget):
+    """What a bias or mask costs: `share` of our time without; and SDPA's time with the same over ours."""
+    heading("Biases and masks, d = 64: ms; bars: share 1.25 (padding 0.67), ours/sdpa 1.5")
+    table = Table("threads", "    pass", "dtype", "b", "h", "   S", "             given", "  ours", "share",
+                  "ours/sdpa")
+    rows = []
+    for threads, direction, size, dtype in itertools.product(thread_counts, CALLS, MASKED_SIZES, ("fp32", "bf16")):
+        torch.set_num_threads(threads)
+        cell = {"threads": threads, "pass": direction, "dtype": dtype, **dict(zip("bhs", size)), "d": 64}
+        kinds = [None, *(given for given in GIVEN if direction == "backward" or given != "bias with gradient")]
+        calls = {(name, given): masked_call(name, given, cell) for given in kinds for name in ("ours", "sdpa")}
+        times = {key: each["min"] for key, each in round_robin(calls, budget).items()}
+        for given in kinds:
+            mine, theirs = times["ours", given], times["sdpa", given]
+            rows.append({**cell, "given": given or "none", "ours_ms": mine * 1e3, "share": mine / times["ours", None],
+                         "over_sdpa": theirs / mine})
+            table.row(threads, direction, dtype, *size, given or "none", mine * 1e3, rows[-1]["share"], theirs / mine)
+    missed = [row for row in rows if row["given"] != "none"
+              and (row["share"] > GIVEN[row["given"]] or row["over_sdpa"] < BAR_MASKED)]
+    print(f"{len(missed)} of {sum(row['given'] != 'none' for row in rows)} miss a bar")
+    return rows
+
+
 # ----------------------------------------------------------------------------------------------------- memory
 
 
@@ -328,7 +397,12 @@ def _hundred(call):
 # ---------------------------------------------------------------------------------------------------- summary
 
 
-def summarise(cells, rates):
+def bar(isa, direction, dtype):
+    amx = isa == "amx" and (direction, dtype) == ("forward", "bf16")
+    return BAR_AMX_FORWARD if amx else BARS[direction, dtype]
+
+
+def summarise(isa, cells, rates):
     """One row per pass, dtype and number of threads."""
     peaks = {rate["threads"]: rate["fma_peak"] * 1e-9 for rate in rates}
     rows = []
@@ -340,7 +414,7 @@ def summarise(cells, rates):
             "pass": direction, "dtype": dtype, "threads": threads, "gflops": gflops,
             "of_fma_peak": gflops / peaks[threads],
             "over_sdpa": geometric_mean(ratio(cell, "ours", "sdpa") for cell in known),
-            "bar": BARS[direction, dtype], "measured": len(known), "cells": len(group),
+            "bar": bar(isa, direction, dtype), "measured": len(known), "cells": len(group),
             "over_standard": geometric_mean(ratio(cell, "ours", "standard") for cell in group),
             "worst": ratio(worst, "ours", "sdpa"), "worst_cell": name_of(worst),
             "below": sum(ratio(cell, "ours", "sdpa") < BAR_CELL for cell in known),
@@ -461,11 +535,12 @@ def draw_panel(axis, title, cells):
 
 
 def parse_arguments():
-    capability = torch.backends.cpu.get_cpu_capability().lower()
+    ours = re.search(r"CPU instruction set: (\w+)", report()).group(1)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--isa", choices=CAPS, default=capability if capability in CAPS else None,
-                        help="instruction set of both sides (default: the best that torch uses here)")
+    parser.add_argument("--isa", choices=CAPS, default=ours if ours in CAPS else None,
+                        help="instruction set of both sides (default: the best that we use here)")
     parser.add_argument("--quick", action="store_true", help="a small grid, to try it; results go to build/")
+    parser.add_argument("--masks", action="store_true", help="only what biases and masks cost")
     arguments = parser.parse_args()
     if arguments.isa is None:
         parser.error("this machine has neither AVX-512 nor AVX2: there is nothing to compare like with like")
@@ -485,14 +560,20 @@ def measure(isa, quick):
     require_caps(isa, results["rates"][0])
     results["memory"] = measure_memory((4096,) if quick else (4096, 8192, 16384), thread_counts[-1])
     results["host_us"] = measure_host_cost()
+    results["masks"] = measure_masks(thread_counts[-1:], 0.05 if quick else 0.3)
     cells = measure_grid(grid(QUICK if quick else HEADS, thread_counts), 0.05 if quick else 0.4)
-    return {**results, "summary": summarise(cells, results["rates"]), "half_backward": half_backward(cells),
+    return {**results, "summary": summarise(isa, cells, results["rates"]), "half_backward": half_backward(cells),
             "causal_over_full": causal_times(cells), "cells": cells}
 
 
 def main():
     arguments = parse_arguments()
     start_again_capped(arguments.isa)
+    if arguments.masks:
+        results = {**harness.describe(), "isa": arguments.isa, "caps": CAPS[arguments.isa]}
+        results["masks"] = measure_masks((1,), 0.3)
+        name = f"cpu-masks-{arguments.isa}-{harness.short_name(results['machine'])}.json"
+        return harness.write_json(harness.RESULTS / name, results)
     results = measure(arguments.isa, arguments.quick)
     print_summary(results)
     print_cells_below(results["cells"])

@@ -93,6 +93,30 @@ def attn_summary(summary):
          *(show(row[name]) for name in ("ours_over_fa2", "ours_over_cudnn", "ours_over_fa4", "sm80_over_fa2"))] for row in summary])
 
 
+def training_section(results, path):
+    machine = results["machine"]
+    title = (f"**Training as `examples/` does it: {machine['name']}, {results['dtype']}, dropout {results['dropout']}, "
+             f"torch {results['versions']['torch']}, not compiled**")
+    source = (f"{results['date']}, sources {results['stamp']['gpu']}: [losses and all figures]({_link(path)}), "
+              f"[plot]({_link(path.with_suffix('.png'))}).")
+    return "\n\n".join([title, training_table(results["cells"]), source])
+
+
+def training_table(cells):
+    """A row for each model and attention: rates, and how many times faster than the two others."""
+    titles = ["", "tokens/s", "sequences/s", "peak GB", "over SDPA", "over standard", "batch"]
+    rows = []
+    for (model, preset), group in grouped(cells, "model", "preset").items():
+        rates = {cell["attention"]: cell["sequences_per_s"] for cell in group}
+        for cell in sorted(group, key=lambda cell: list(TRAINED).index(cell["attention"])):
+            over = [f"{cell['sequences_per_s'] / rates[peer]:.2f}x" if peer in rates else "" for peer in ("sdpa", "standard")]
+            memory = f"{cell['peak_gb']:.1f}" if cell["peak_gb"] else ""
+            rows.append([f"{model} {preset}, context {cell['context']}, {TRAINED[cell['attention']]}",
+                         f"{cell['tokens_per_s']:,}", f"{cell['sequences_per_s']:.1f}", memory, *over,
+                         f"{cell['accumulate']} x {cell['batch']}"])
+    return table(titles, rows)
+
+
 def _name(row, text):
     return f"{text}, dropout {row['dropout']}" if row["dropout"] else text
 
@@ -101,8 +125,9 @@ def _link(path):
     return path.resolve().relative_to(ROOT).as_posix()
 
 
-SECTIONS = {"attn": attn_section, "cpu": cpu_section}       # by the first word of a results file's name
-STAMPS = {"attn": "gpu", "cpu": "cpu"}
+TRAINED = {"flash": "ours", "sdpa": "SDPA", "standard": "standard"}
+SECTIONS = {"attn": attn_section, "cpu": cpu_section, "training": training_section}       # by the first word of a results file's name
+STAMPS = {"attn": "gpu", "cpu": "cpu", "training": "gpu"}
 
 
 def measured(paths):

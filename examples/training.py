@@ -9,6 +9,7 @@ The folder --out holds checkpoint.pt (replaced at once, never half written), log
 loss.png and TensorBoard's events.
 """
 import contextlib
+import gc
 import json
 import math
 import os
@@ -38,8 +39,8 @@ def natural(text):
     return positive(text) if int(text) else 0
 
 
-def add_arguments(parser):
-    parser.add_argument("--data", default="data/stdlib", help="folder written by examples/data/prepare.py")
+def add_arguments(parser, data):
+    parser.add_argument("--data", default=data, help="folder written by examples/data/prepare.py")
     parser.add_argument("--out", required=True, help="folder for checkpoint, log and plot")
     parser.add_argument("--resume", action="store_true",
                         help="continue the run in --out, with its settings but for those given here")
@@ -81,9 +82,9 @@ def parse(parser, words, recipes):
 
 # Data
 
-def load_tokens(folder, context):
+def load_tokens(folder, context, options=""):
     """({"train": ids, "val": ids}, meta) of a data folder, each longer than a window of `context` tokens."""
-    way_out = f"write it with: python examples/data/prepare.py text --out {folder}"
+    way_out = f"write it with: python examples/data/prepare.py text {options}--out {folder}"
     try:
         meta = json.loads(Path(folder, "meta.json").read_text())
         tokens = {}
@@ -345,6 +346,13 @@ class Run:
         except KeyboardInterrupt:
             sys.exit(f"stopped at step {self.step}; {way_on}")
 
+    def leave(self):
+        """Parts from the other processes. The replica holds on to the connection, and cycles hold the replica:
+        what is not collected before would be torn down at exit, while threads of it still run."""
+        self.replica = None
+        gc.collect()
+        self.world.leave()
+
     def advance(self, log):
         """One step, with the validation, record and checkpoint that are due after it."""
         start = time.perf_counter()
@@ -373,7 +381,8 @@ class Run:
     def loss(self, batch):
         half = self.arguments.dtype == "bfloat16"
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=half):
-            return self.replica(*(tensor.to(self.world.device) for tensor in batch))
+            return self.replica(*(part.to(self.world.device) if isinstance(part, torch.Tensor) else part
+                                  for part in batch))
 
     def optimise(self):
         """One optimiser step over all micro-batches of all processes; returns its record."""
@@ -395,8 +404,9 @@ class Run:
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.step += 1
-        tokens_per_s = tokens * self.world.size / (time.perf_counter() - start)
-        return {"step": self.step, "loss": loss, "lr": rate, "tokens_per_s": round(tokens_per_s)}
+        tokens = round(self.world.mean(tokens) * self.world.size)
+        return {"step": self.step, "loss": loss, "lr": rate, "tokens": tokens,
+                "tokens_per_s": round(tokens / (time.perf_counter() - start))}
 
     def rate(self):
         return learning_rate(self.step, self.arguments.lr, self.arguments.warmup, self.planned)

@@ -16,6 +16,8 @@ from .flash_attn_interface import (  # noqa: E402
 )
 from ._backend import ArgumentTypeError, ArgumentValueError, UnsupportedError  # noqa: E402
 from .info import info  # noqa: E402
+from . import bert_padding, nn  # noqa: E402
+from .nn import replace  # noqa: E402
 
 __all__ = [
     "flash_attn_func",
@@ -24,7 +26,10 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "bert_padding",
     "info",
+    "nn",
+    "replace",
     "ArgumentTypeError",
     "ArgumentValueError",
     "UnsupportedError",

@@ -368,7 +368,7 @@ def _prepared_score_tensor(name, x, shape, device):
     if missing < 0 or any([n != 1 and n != full for n, full in zip(x.shape, shape[missing:])]):
         raise ArgumentValueError(f"{name} must be broadcastable to (batch, nheads, seqlen_q, seqlen_k) = "
                                  f"{shape}; it has shape {tuple(x.shape)}.")
-    if 0 in x.stride():
+    if any([step == 0 and n > 1 for n, step in zip(x.shape, x.stride())]):
         x = _unexpanded(x)
     return x.view((1,) * missing + x.shape) if missing else x
 

@@ -30,6 +30,7 @@ class Magnitudes(NamedTuple):
     dq: torch.Tensor
     dk: torch.Tensor
     dv: torch.Tensor
+    dbias: torch.Tensor             # (b, h, sq, sk), of each score
 
 
 def magnitudes(q, k, v, dout, dlse, p, z, scale, bias):
@@ -40,26 +41,30 @@ def magnitudes(q, k, v, dout, dlse, p, z, scale, bias):
     pz = p * z
     out = torch.einsum("bhij,bjhc->bihc", pz, v)
     delta = torch.einsum("bihc,bihc->bhi", dout, out) + dlse
-    ds = abs(scale) * p * (z * torch.einsum("bihc,bjhc->bhij", dout, v) + delta[..., None])
+    dbias = p * (z * torch.einsum("bihc,bjhc->bhij", dout, v) + delta[..., None])
+    ds = abs(scale) * dbias
     scores = abs(scale) * torch.einsum("bihc,bjhc->bhij", q, k) + bias
     return Magnitudes(
         out=out,
         lse=scores.masked_fill(p == 0, 0).amax(-1) if sk else torch.zeros_like(dlse),
         dq=torch.einsum("bhij,bjhc->bihc", ds, k),
         dk=torch.einsum("bhij,bihc->bjhc", ds, q).unflatten(2, (hk, -1)).sum(3),
-        dv=torch.einsum("bhij,bihc->bjhc", pz, dout).unflatten(2, (hk, -1)).sum(3))
+        dv=torch.einsum("bhij,bihc->bjhc", pz, dout).unflatten(2, (hk, -1)).sum(3),
+        dbias=dbias)
 
 
-def assert_close(name, ours, exact, composed, magnitudes):
-    """The bound of this file's head; `ours` and `composed` have the dtype of the call, `exact` is float64."""
+def assert_close(name, ours, exact, composed, magnitudes, dtype=None):
+    """The bound of this file's head; `ours` and `composed` have the dtype of the call, `exact` is float64.
+    The gradient of a bias has the bias's own dtype: `dtype` is then the call's, and the coarser one counts."""
     assert ours.shape == exact.shape, f"{name} has shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
     assert ours.dtype == composed.dtype
     if exact.numel() == 0:
         return
     assert torch.isfinite(ours).all(), f"{name} is not finite"
     assert torch.isfinite(composed).all(), f"{name}: the composition overflows, so this test proves nothing"
-    eps, m = torch.finfo(ours.dtype).eps, getattr(magnitudes, name).max().item()
-    if ours.dtype == torch.float64:
+    eps = max(torch.finfo(ours.dtype).eps, torch.finfo(dtype or ours.dtype).eps)
+    m = getattr(magnitudes, name).max().item()
+    if eps == torch.finfo(torch.float64).eps:
         composed_error = eps * magnitudes.lse.max().item() * m if magnitudes.lse.numel() else 0
     else:
         composed_error = (composed.double() - exact).abs().max().item()

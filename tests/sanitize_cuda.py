@@ -36,7 +36,12 @@ def problems():
         dict(sq=5, sk=2000, h=2, d=64), dict(sq=70, sk=59, d=59, dv=40, window=(20, 3)),
         dict(sq=0, sk=5), dict(sq=5, sk=0),
         dict(seqlens_q=(70, 0, 129), seqlens_k=(20, 5, 150), tail=9, h=4, hk=2, dropout_p=0.1, alibi="batch"),
-        dict(b=2, sq=20, sk=130, seqused_k=(0, 77), d=128))]
+        dict(b=2, sq=20, sk=130, seqused_k=(0, 77), d=128),
+        dict(sq=5, sk=2000, h=2, bias="hqk", mask="bk", d=64), dict(sq=70, sk=131, bias="q", mask="q", h=4, hk=2, dropout_p=0.1),
+        dict(sq=70, sk=136, bias="bhqk", bias_dtype=torch.float64, mask="bhqk", causal=True))]
+    for n, d in enumerate((*HEAD_DIMS, 59)):
+        options = dict(sq=140, sk=152, h=2, hk=1, d=d, bias="hqk", mask="qk", bias_hides=True, dropout_p=0.1 * (n % 2))
+        calls += [(Problem(dtype, **options), limit) for dtype in (torch.float32, torch.float16) for limit in (None, 99)]
     return [(f"{problem}{f' with {limit} KB' if limit else ''}", problem, limit) for problem, limit in calls]
 
 

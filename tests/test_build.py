@@ -22,10 +22,11 @@ ENTRY = re.compile(r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>sm_\
 
 def logs():
     """ptxas' report of each .cu file of this tree; empty where the build had no CUDA."""
-    found = {source: BUILD / "ptxas" / f"{source.stem}.log" for source in ROOT.glob("csrc/cuda/**/*.cu")}
+    sources = {str(source.relative_to(ROOT)) for source in ROOT.glob("csrc/cuda/**/*.cu")}
+    found = {source: BUILD / "ptxas" / Path(source).with_suffix(".log") for source in sources}
     if not any(log.exists() for log in found.values()):
         return {}
-    return {source.name: log.read_text() for source, log in found.items()}
+    return {source: log.read_text() for source, log in found.items()}
 
 
 def entries():
@@ -36,7 +37,7 @@ def demangled(names):
     """forward_kernel<bf16, 64, plain, ...> for each mangled name."""
     text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     words = {"(fa_dtype)0": "fp32", "(fa_dtype)1": "fp16", "(fa_dtype)2": "bf16", "(fa_variant)0": "plain",
-             "(fa_variant)1": "score-mod", "(fa_variant)2": "dropout", "void ": "", "(fa_cuda_args)": "", " >": ">"}
+             "(fa_variant)1": "score-mod", "(fa_variant)2": "dropout", "void ": "", "(fa_cuda_args)": "", "(fa_sm90_forward_args)": "", "(fa_sm90_backward_args)": "", " >": ">"}
     for cast, word in words.items():
         text = text.replace(cast, word)
     return dict(zip(names, text.splitlines()))
@@ -54,9 +55,10 @@ def compiler():
 
 def tiles(folder):
     """What tests/check/tiles.c prints."""
-    objects = [str(path) for path in (BUILD / "objects" / "csrc" / "cuda" / "sm80").glob("*.o")]
+    objects = [str(path) for name in ("sm80", "sm90") for path in (BUILD / "objects" / "csrc" / "cuda" / name).glob("*wd_*.o")]
+    hopper = ["-DFA_WITH_SM90"] if any("/sm90/" in path for path in objects) else []
     program = Path(folder) / "tiles"
-    subprocess.run([nvcc(), "-o", str(program), str(ROOT / "tests/check/tiles.c"), *objects], check=True)
+    subprocess.run([nvcc(), *hopper, "-o", str(program), str(ROOT / "tests/check/tiles.c"), *objects], check=True)
     return subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
 
 
@@ -76,11 +78,21 @@ def build_with_cuda():
         pytest.skip("this build has no CUDA kernels")
 
 
+# Kernels at the edge of 255 registers that spill in the copy of their loop that reads biases which are not staged, and the most bytes
+# that one of them stores.
+SPILLING = {"forward_kernel 128", "backward_kernel 256", "fp32_forward_kernel 64", "fp32_backward_kernel 128"}
+MOST_SPILLED = 32
+
+
 def test_no_spills_and_no_stack():
     bad = [entry for entry in entries() if any(int(entry[key]) for key in ("stack", "stores", "loads"))]
     names = demangled([entry["name"] for entry in bad])
-    assert not bad, "\n".join(f"{names[entry['name']]} on {entry['arch']}: stack {entry['stack']}, spills "
-                              f"{entry['stores']} + {entry['loads']} bytes" for entry in bad)
+    kernels = {name: re.sub(r"<(?:\w+, )?(\d+),.*", r" \1", text) for name, text in names.items()}
+    worse = [entry for entry in bad
+             if kernels[entry["name"]] not in SPILLING or "plain" in names[entry["name"]] or int(entry["stores"]) > MOST_SPILLED]
+    assert not worse, "\n".join(f"{names[entry['name']]} on {entry['arch']}: stack {entry['stack']}, spills "
+                                f"{entry['stores']} + {entry['loads']} bytes" for entry in worse)
+    assert set(kernels.values()) == SPILLING, "kernels that no longer spill must leave the list"
 
 
 def test_every_file_was_compiled_for_every_architecture():
@@ -108,6 +120,8 @@ def test_registers_and_shared_memory_are_the_committed_ones(tmp_path):
 def test_every_head_dim_has_a_tile_for_small_devices(tmp_path):
     least = {}
     for line in tiles(tmp_path).splitlines():
+        if line.startswith("sm90"):         # Hopper's blocks take what Hopper has
+            continue
         kernel, shared = line.split(":")[0].removesuffix(" small"), int(line.split()[-2])
         least[kernel] = min(shared, least.get(kernel, shared))
     assert len(least) == 3 * 12 + 2 * 6

@@ -311,6 +311,41 @@ def test_split_keys(dtype, options):
     Problem(dtype, **{"b": 2, "sq": 5, "sk": 3000, "h": 2, **options}).check("cuda")
 
 
+# ---- Hopper ----
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d, dv", [(64, 64), (40, 64), (96, 96), (128, 128), (104, 72), (192, 128), (256, 256)])
+@pytest.mark.parametrize("options", [
+    dict(), dict(causal=True), dict(window_size=(300, 20)), dict(softcap=5.0), dict(dropout_p=0.2),
+    dict(dropout_p=0.2, causal=True)], ids=str)
+def test_hopper_agrees_with_the_portable_kernels(monkeypatch, dtype, d, dv, options):
+    """The same elements dropped, the same rows empty, values to rounding; the stream of tiles is longer than the device."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no Hopper")
+    q, k, v = random(2, 1100, 16, d, dtype=dtype), random(2, 900, 4, d, dtype=dtype, seed=1), random(2, 900, 4, dv, dtype=dtype, seed=2)
+    results = {}
+    for kernel in "sm80", "sm90":
+        monkeypatch.setenv("FLASH_ATTN_KERNEL", kernel)
+        state = torch.tensor([5, 7], device="cuda") if "dropout_p" in options else None
+        results[kernel] = flash_attn_func(q, k, v, return_attn_probs=True, rng_state=state, **options)
+    (out, lse, dmask), (portable_out, portable_lse, portable_dmask) = results["sm90"], results["sm80"]
+    assert torch.equal(lse.isinf(), portable_lse.isinf())
+    torch.testing.assert_close(lse, portable_lse, atol=2e-3, rtol=1e-5)
+    torch.testing.assert_close(out.float(), portable_out.float(), atol=4 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps)
+    assert torch.equal(dmask, portable_dmask)
+
+
+def test_hopper_says_what_it_leaves_to_others(monkeypatch):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no Hopper")
+    monkeypatch.setenv("FLASH_ATTN_KERNEL", "sm90")
+    unaligned = random(1, 64, 2, 59)
+    with pytest.raises(UnsupportedError, match="sm90: needs rows.*16 bytes"):
+        flash_attn_func(unaligned, unaligned, unaligned)
+    with pytest.raises(UnsupportedError, match="sm90: serves float16 and bfloat16"):
+        flash_attn_func(*(random(1, 64, 2, 64, dtype=torch.float32) for _ in range(3)))
+
+
 # ---- values in device tensors ----
 
 BAD_OFFSETS = [[0, 10, 5, 20], [0, 100, 200, 300], [-5, 10, 2 ** 31 - 1, 20], [7, 7, 7, 7], [20, 10, 5, 0],

@@ -9,6 +9,9 @@ PROBLEMS = [
     dict(sq=300, sk=300, causal=True, h=4, hk=2, d=64), dict(sq=1, sk=300, h=8, hk=1),
     dict(sq=300, sk=17, b=1, h=1),
     dict(sq=129, sk=257, dropout_p=0.2, softcap=10.0, alibi="head", window=(100, 20)),
+    dict(sq=300, sk=400, b=3, bias="hqk", mask="bk"), dict(sq=200, sk=300, b=3, h=6, hk=2, bias="qk", mask="bqk"),
+    dict(sq=200, sk=300, h=4, bias="bqk", seqused_k=(300, 100)), dict(sq=300, sk=300, h=4, bias="hk", bias_hides=True),
+    dict(sq=300, sk=300, h=4, hk=2, bias="q"),
     dict(seqlens_q=(200, 0, 3, 77), seqlens_k=(150, 5, 1, 90), h=6, hk=3, causal=True),
 ]
 

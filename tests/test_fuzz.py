@@ -9,6 +9,7 @@ from problem import DTYPES, Problem
 LENGTHS = st.sampled_from([17, 64, 1, 111, 2, 129, 3, 40, 63, 5, 65, 200, 127, 16, 33, 128, 0])
 HEAD_DIMS = st.one_of(st.sampled_from([32, 59, 64, 96, 111, 128, 192, 256]), st.integers(1, 40))
 BATCHES = st.sampled_from([2, 1, 3, 0])
+INDICES = st.one_of(st.none(), st.sets(st.sampled_from("bhqk")).map(lambda chosen: "".join(sorted(chosen))))
 BOUNDS = st.one_of(st.none(), st.integers(-1, 150))
 
 
@@ -31,7 +32,8 @@ def problems(draw):
                       extra_max_seqlen=draw(st.sampled_from([0, 0, 70])))
         capacities = fields["seqlens_k"]
     else:
-        fields.update(b=draw(BATCHES), sq=draw(LENGTHS), sk=draw(LENGTHS))
+        fields.update(b=draw(BATCHES), sq=draw(LENGTHS), sk=draw(LENGTHS), bias=draw(INDICES), mask=draw(INDICES),
+                      bias_hides=draw(st.booleans()), bias_dtype=draw(st.sampled_from([None, *DTYPES, torch.float64])))
         capacities = (fields["sk"],) * fields["b"]
     if draw(st.sampled_from([False, False, True])):
         fields["seqused_k"] = tuple(draw(st.integers(0, capacity)) for capacity in capacities)

@@ -2,43 +2,25 @@
 import json
 import math
 import os
-import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-import flash_attn
-
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+from training_runs import EXAMPLES, ONE_THREAD, SHORT, check_resume_after_a_kill, one_thread, records
 import training
+import training_runs
 from data import prepare
 from data.vocabulary import load
 from gpt2 import model, train
 
 TRAIN = str(EXAMPLES / "gpt2" / "train.py")
-SHORT = ["--batch", "2", "--context", "32", "--warmup", "4", "--eval-batches", "2"]
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1",              # and the package that this process tests:
-                           "PYTHONPATH": str(Path(flash_attn.__file__).parents[1])}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small to share out; and a run must be compared with one of as many threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +28,6 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     prepare.main(["text", "--source", str(EXAMPLES), "--vocab", "bytes", "--out", str(folder)])
     return folder
-
-
-def records(out):
-    """The log without what no two runs share: times and rates."""
-    return [{k: v for k, v in record.items() if k not in ("time", "tokens_per_s")}
-            for record in training.read_log(Path(out, "log.jsonl"))]
 
 
 # Learning
@@ -110,22 +86,7 @@ def test_small_and_medium_have_the_published_sizes():
 # Runs
 
 def test_resumes_bit_for_bit_after_a_kill(data, tmp_path):
-    command = [sys.executable, TRAIN, "--data", str(data), *SHORT, "--steps", "40", "--dropout", "0.1",
-               "--eval-every", "6", "--save-every", "5", "--out"]
-    whole = subprocess.Popen([*command, str(tmp_path / "whole")], env=ONE_THREAD, stdout=subprocess.DEVNULL)
-    killed = subprocess.Popen([*command, str(tmp_path / "killed")], env=ONE_THREAD, stdout=subprocess.DEVNULL)
-    log, step = tmp_path / "killed" / "log.jsonl", random.randrange(6, 36)
-    while killed.poll() is None and not (log.exists() and log.read_text().count("\n") >= step):
-        time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL)
-    assert (killed.wait(), whole.wait()) == (-signal.SIGKILL, 0)
-
-    subprocess.run([sys.executable, TRAIN, "--resume", "--out", str(tmp_path / "killed")], env=ONE_THREAD,
-                   stdout=subprocess.DEVNULL, check=True)
-    assert [record["step"] for record in records(tmp_path / "whole")] == list(range(1, 41))
-    assert records(tmp_path / "killed") == records(tmp_path / "whole")
-    weights = [torch.load(tmp_path / run / "checkpoint.pt")["model"] for run in ("whole", "killed")]
-    assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights)))
+    check_resume_after_a_kill(TRAIN, ["--data", str(data), *SHORT], tmp_path)
 
 
 def test_two_processes_train_as_one_with_twice_the_accumulation(data, tmp_path):
@@ -150,11 +111,7 @@ def run(data, tmp_path, monkeypatch):
 
 
 def complaint(*words):
-    """The line that the script ends with; a string as exit code is printed by Python and makes the code 1."""
-    with pytest.raises(SystemExit) as error:
-        train.main([str(word) for word in words])
-    assert str(error.value.code).startswith("error: ") and "\n" not in error.value.code
-    return error.value.code
+    return training_runs.complaint(train.main, *words)
 
 
 def damaged(data, folder, name, size):

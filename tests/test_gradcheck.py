@@ -15,6 +15,8 @@ FEATURES = [
     dict(seqlens_q=(3, 0, 2), seqlens_k=(2, 4, 0), tail=2),
     dict(seqlens_q=(3, 2), seqlens_k=(2, 4), seqused_k=(1, 4)),
     dict(h=4, hk=2, causal=True, window=(3, 0), softcap=2.0, alibi="head", dropout_p=0.2),
+    dict(bias="bhqk"), dict(bias="hqk", bias_hides=True), dict(bias="bk", causal=True), dict(bias="hq", softcap=1.5),
+    dict(bias="", dropout_p=0.3), dict(mask="qk"), dict(mask="bk", bias="qk", h=4, hk=2, seqused_k=(3, 5)),
 ]
 
 
@@ -22,9 +24,11 @@ FEATURES = [
 def test_out_and_lse(features):
     problem = Problem(torch.float64, **{**dict(b=2, sq=4, sk=5, h=2, d=3), **features})
     inputs = [x.nan_to_num().requires_grad_() for x in problem.inputs()[:3]]
+    if problem.bias is not None:
+        inputs.append(problem.options()["attn_bias"].nan_to_num(neginf=-torch.inf).requires_grad_())
 
-    def attention(q, k, v):
-        out, lse, _ = problem.call(q, k, v)
+    def attention(q, k, v, *bias):
+        out, lse, _ = problem.call(q, k, v, **({"attn_bias": bias[0]} if bias else {}))
         return out, lse.masked_fill(lse.isneginf(), 0)
 
     assert gradcheck(attention, inputs)

@@ -12,6 +12,9 @@
 static const struct row { enum fa_device device; const struct fa_kernel *kernel; } table[] = {
     { FA_CPU, &fa_kernel_cpu },
     { FA_CPU, &fa_kernel_reference },
+#ifdef FA_WITH_SM90
+    { FA_CUDA, &fa_kernel_sm90 },
+#endif
 #ifdef FA_WITH_CUDA
     { FA_CUDA, &fa_kernel_sm80 },
 #endif

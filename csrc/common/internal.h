@@ -29,6 +29,7 @@ struct fa_kernel {
 
 extern const struct fa_kernel fa_kernel_reference, fa_kernel_cpu;
 extern const struct fa_kernel fa_kernel_sm80;       /* with FA_WITH_CUDA */
+extern const struct fa_kernel fa_kernel_sm90;       /* with FA_WITH_SM90: machine code for Hopper is asked for */
 
 /* dispatch.c: whether the environment variable FLASH_ATTN_KERNEL asks for this kernel by a prefix of its name. */
 bool fa_is_pinned(const char *name);

@@ -25,6 +25,8 @@ INLINE void store_half(uint16_t *p, vf x)
     for (int i = 0; i < VL; i++) p[i] = fa_float_to_half(x[i]);
 }
 
+INLINE vi load_bytes(const uint8_t *p) { return (vi){ p[0], p[1], p[2], p[3] }; }
+
 /* Products of the even 32-bit lanes. */
 INLINE v64 multiply_even(v64 x, uint32_t m) { return (x & 0xffffffff) * m; }
 

@@ -9,6 +9,7 @@
 extern void GOMP_parallel(void (*work)(void *), void *data, unsigned threads, unsigned flags) __attribute__((weak));
 
 struct team {
+    const struct fa_cpu_ops *ops;
     void (*work)(void *job, int64_t thread, int64_t item);
     void *job;
     int64_t items, next_item, next_thread;
@@ -18,16 +19,16 @@ static void member(void *data)
 {
     struct team *team = data;
     const int64_t thread = __atomic_fetch_add(&team->next_thread, 1, __ATOMIC_RELAXED);
-    for (;;) {
-        const int64_t item = __atomic_fetch_add(&team->next_item, 1, __ATOMIC_RELAXED);
-        if (item >= team->items) return;
+    int64_t item;
+    if (team->ops->enter) team->ops->enter();
+    while ((item = __atomic_fetch_add(&team->next_item, 1, __ATOMIC_RELAXED)) < team->items)
         team->work(team->job, thread, item);
-    }
+    if (team->ops->leave) team->ops->leave();
 }
 
-void fa_parallel(int64_t threads, int64_t items, void (*work)(void *, int64_t, int64_t), void *job)
+void fa_parallel(const struct fa_cpu_ops *ops, int64_t threads, int64_t items, void (*work)(void *, int64_t, int64_t), void *job)
 {
-    struct team team = { work, job, items, 0, 0 };
+    struct team team = { ops, work, job, items, 0, 0 };
     if (threads > items) threads = items;
     if (threads > 1 && GOMP_parallel) GOMP_parallel(member, &team, (unsigned)threads, 0);
     else if (items > 0) member(&team);

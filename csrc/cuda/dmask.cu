@@ -1,5 +1,6 @@
 /* cuda/dmask.cu: s_dmask as common/reference.c defines it: exp(s - largest s of the row), negative where dropped, 0 outside the
  * visible keys. One warp a row, scores in fp32 from q and k, computed twice: for tests, slow and simple. */
+#include "bias.cuh"
 #include "row.cuh"
 #include "score.cuh"
 
@@ -26,7 +27,13 @@ __global__ void __launch_bounds__(HELPER_THREADS) dmask_kernel(const __grid_cons
     const auto *q = row_at<T>(p.q, b, s.q0 + i, head);
     const float slope = alibi_slope(a, b, head);
     auto score = [&](int j) {
-        return score_of<T>(a, q, row_at<T>(p.k, b, s.k0 + j, head / a.group), slope, i + s.sk - s.sq - j);
+        const fa_scores &t = p.mask;
+        const auto *byte = (const uint8_t *)t.ptr + b * t.stride_b + head * t.stride_h + i * t.stride_q + j * t.stride_k;
+        if (t.ptr && !*byte) return -INFINITY;
+        const float x = score_of<T>(a, q, row_at<T>(p.k, b, s.k0 + j, head / a.group), slope, i + s.sk - s.sq - j);
+        if (!p.bias.ptr) return x;
+        bias_walk bias = bias_from(a, s, b, head, i, j);
+        return x + bias_next(bias, 0);
     };
 
     float top = -INFINITY;

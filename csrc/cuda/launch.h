@@ -3,6 +3,9 @@
  * Helper kernels serve fp32, fp16 and bf16, and work on block_m rows of one head a block, whatever the head dimension:
  *
  *     fill       rows that belong to no sequence: 0, lse -inf          grid: see fill.cu
+ *     pack       attn_mask as bits, and                               grid: enough for a word a thread, or fewer
+ *     narrow     a float64 attn_bias as fp32                          grid: as pack
+ *     flags      bits of its tiles, see mask.cuh                      grid: words of flags / block_m
  *     combine    out and lse from the partial results of key splits    grid: b h ceil(sq / block_m)
  *     dmask      s_dmask                                               grid: b h ceil(dmask_sq / block_m)
  *     prepare    lse2 and delta; dq_accum and turns become 0           grid: b h ceil(padded sq / block_m)
@@ -18,7 +21,34 @@ extern "C" {
 
 typedef const struct fa_cuda_kernel *fa_cuda_helper(enum fa_dtype dtype);
 
-fa_cuda_helper fa_cuda_fill_forward, fa_cuda_fill_backward, fa_cuda_combine, fa_cuda_dmask, fa_cuda_prepare, fa_cuda_convert;
+fa_cuda_helper fa_cuda_fill_forward, fa_cuda_fill_backward, fa_cuda_combine, fa_cuda_dmask, fa_cuda_prepare, fa_cuda_convert,
+               fa_cuda_pack, fa_cuda_flags, fa_cuda_narrow;
+
+/* The gradient of attn_bias, for every head dim, and the sum of its parts: see sm80/bias_gradient.cuh. */
+fa_cuda_helper fa_sm80_bias_gradient, fa_sm80_fp32_bias_gradient, fa_sm80_bias_parts;
+
+struct fa_cuda_device;
+
+/* What the kernel families share: how a call becomes arguments, and how it is launched. None of it waits for the device. */
+bool fa_cuda_has_score_mod(const struct fa_params *p);
+enum fa_variant fa_cuda_variant(const struct fa_params *p);
+struct fa_cuda_args fa_cuda_arguments(const struct fa_params *p);
+int fa_cuda_shared_limit(const struct fa_cuda_device *device);
+enum fa_status fa_cuda_check_sizes(const struct fa_params *p, struct fa_error *why);
+
+/* One kernel over a grid of blocks x splits; a helper over `rows` rows of every head; a fill kernel. Nothing where blocks = 0. */
+enum fa_status fa_cuda_launch(const char *name, const struct fa_cuda_kernel *kernel, int64_t blocks, int splits,
+                              const void *args, void *stream, struct fa_error *error);
+enum fa_status fa_cuda_launch_rows(const char *name, fa_cuda_helper *helper, int64_t rows, const struct fa_cuda_args *args,
+                                   struct fa_error *error);
+enum fa_status fa_cuda_launch_fill(fa_cuda_helper *helper, const struct fa_cuda_args *args, struct fa_error *error);
+
+/* The backward's pieces of the workspace, by the sizes and the d_bucket in `a`, behind *bytes, which grows; rows are padded to
+ * row_pad, the kernel's query tile. Then its launches: prepare | the kernel, over b hk n_tiles blocks and with `args` for its
+ * parameter | convert | bias gradient, if wanted | fill, if packed or seqused_k. */
+void fa_cuda_plan_backward(struct fa_cuda_args *a, int row_pad, int64_t *bytes);
+enum fa_status fa_cuda_run_backward(const struct fa_cuda_kernel *kernel, const void *args, const struct fa_cuda_args *a,
+                                    struct fa_error *error);
 
 /* One head-dim bucket of a pass; `small` finds the tile for devices with little shared memory. */
 typedef const struct fa_cuda_kernel *fa_cuda_find(enum fa_dtype dtype, enum fa_variant variant, bool small);

@@ -2,8 +2,8 @@
  *
  *     lse2 = lse log2 e        delta = sum_c dout_c out_c - dlse
  *
- * Rows without visible keys (lse of either infinity, dq_layout.cuh's padding) get lse2 = +inf, which makes every P zero, and
- * delta = 0. dq_accum and the turns start at 0. */
+ * With a bias lse2 = lse: P takes it off before it goes to powers of two, since both may be as large as floats are. Rows without visible
+ * keys (lse2 of either infinity, dq_layout.cuh's padding) get lse2 = +inf, which makes every P zero, and delta = 0. dq_accum and the turns start at 0. */
 #include "dq_layout.cuh"
 #include "row.cuh"
 
@@ -36,8 +36,9 @@ __global__ void __launch_bounds__(HELPER_THREADS) prepare_kernel(const __grid_co
     const float sum = dot_product<T>(a, r, s.q0 + r.i, r.i < s.sq ? (int)p.d_v : 0);
     const float lse = r.i < s.sq ? *row_at<FA_FLOAT32>(p.lse, r.b, s.q0 + r.i, r.head) : -INFINITY;
     float lse2 = INFINITY, delta = 0.0f;
-    if (!isinf(lse)) {
-        lse2 = lse * 1.44269504f;
+    const float finite = p.bias.ptr ? lse : lse * 1.44269504f;
+    if (!isinf(finite)) {
+        lse2 = finite;
         delta = sum - (p.dlse.ptr ? *row_at<FA_FLOAT32>(p.dlse, r.b, s.q0 + r.i, r.head) : 0.0f);
     }
     for (int c = r.lane * 4; c < a.d_bucket; c += ROW_LANES * 4)

@@ -105,6 +105,9 @@ FA_DEVICE float rcp_approx(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" 
 /* threadIdx.x, read anew: what follows from it is worked out where it is needed and holds no registers before. */
 FA_DEVICE int thread_anew() { int x; asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x)); return x; }
 
+/* x, of which the compiler knows nothing: what follows from it is worked out in the loop, and holds no registers around it. */
+FA_DEVICE int opaque(int x) { asm volatile("" : "+r"(x)); return x; }
+
 /* Four bytes of the eight of y:x, one per nibble of `selector`; with its top bit set, the byte's sign eight times. */
 FA_DEVICE uint32_t permute_bytes(uint32_t x, uint32_t y, uint32_t selector)
 {

@@ -28,10 +28,19 @@ FA_DEVICE float modify_score(const fa_cuda_args &a, float qk, float slope, int d
     return s - slope * (float)abs(distance);
 }
 
-/* Whether this call modifies scores: known when compiling, but for dropout. */
-template <enum fa_variant VARIANT> FA_DEVICE bool has_score_mod(const fa_cuda_args &a)
+/* Whether this call has softcap, ALiBi or a scale <= 0; masks and biases: below. Known when compiling only where it has none. */
+template <enum fa_variant VARIANT> FA_DEVICE bool has_score_mod(const fa_cuda_args &a) { return VARIANT != FA_PLAIN && a.score_mod; }
+template <enum fa_variant VARIANT> FA_DEVICE bool has_bias(const fa_cuda_args &a) { return VARIANT != FA_PLAIN && a.p.bias.ptr; }
+template <enum fa_variant VARIANT> FA_DEVICE bool has_mask(const fa_cuda_args &a) { return VARIANT != FA_PLAIN && a.mask.bits; }
+
+/* Which tile of which head of which sequence a block works on. Tiles of a head follow each other: its K and V, or Q and dO, stay in
+ * L2. With a bias that all sequences share, the sequences of a tile do: the bias tile stays there. */
+struct block_place { int b, head, tile; };
+template <enum fa_variant VARIANT> FA_DEVICE block_place place_of_block(const fa_cuda_args &a, int heads, int tiles)
 {
-    return VARIANT == FA_SCORE_MOD || (VARIANT == FA_DROPOUT && a.score_mod);
+    const int x = blockIdx.x, sequences = (int)a.p.b;
+    if (VARIANT != FA_PLAIN && a.batch_fastest) return { x % sequences, x / sequences / tiles, x / sequences % tiles };
+    return { x / tiles / heads, x / tiles % heads, x % tiles };
 }
 
 FA_DEVICE float alibi_slope(const fa_cuda_args &a, int b, int head)

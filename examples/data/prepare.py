@@ -3,12 +3,14 @@
     prepare.py text --out data/stdlib                        # text that comes with every Python
     prepare.py text --source my/notes --out data/notes       # a file, or every text file below a folder
     prepare.py text --dataset Salesforce/wikitext:wikitext-103-raw-v1 --out data/wikitext
+    prepare.py text --vocab wordpiece:2048 --out data/stdlib-wordpiece           # for BERT
 
 Writes train.bin and val.bin (uint16 ids, each document followed by the end-of-text id), the vocabulary and,
 last, meta.json: a folder that has it is complete. The split is by document: no validation text has been seen.
 
 The unigram entropy it prints is -mean over val of ln p(token), in nats per token, where
 p(token) = (count in train + 1) / (tokens in train + vocabulary size). A model below it uses the context.
+BERT predicts no [SEP], so none is counted.
 """
 import argparse
 import gzip
@@ -25,7 +27,7 @@ from typing import Callable, Sequence
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.vocabulary import BytePair, Bytes, Gpt2
+from data.vocabulary import BytePair, Bytes, Gpt2, WordPiece
 
 VALIDATION_SHARE = 0.05
 VOCABULARY_TEXTS = 20_000           # documents to train a vocabulary on: enough for its most frequent pairs
@@ -110,7 +112,10 @@ def choose_vocabulary(arguments, training_texts):
         return Bytes()
     if arguments.vocab == "gpt2":
         return Gpt2(arguments.gpt2_ranks)
-    return BytePair.train(islice(training_texts, VOCABULARY_TEXTS), arguments.vocab)
+    kind, size = arguments.vocab
+    if isinstance(size, str):
+        return WordPiece.read(size)
+    return kind.train(islice(training_texts, VOCABULARY_TEXTS), size)
 
 
 def write_tokens(path, documents, vocabulary):
@@ -147,9 +152,12 @@ def prepare_text(arguments):
         sys.exit(f"error: {source.name} is too little text: training and validation need a document each")
     vocabulary.save(out)
     meta = {"source": source.name, "vocabulary": type(vocabulary).__name__, "vocab_size": vocabulary.size,
+            "marks": vocabulary.marks,
             "train_documents": len(train_keys), "val_documents": len(val_keys),
-            "train_tokens": int(train_counts.sum()), "val_tokens": int(val_counts.sum()),
-            "unigram_entropy": unigram_entropy(train_counts, val_counts)}
+            "train_tokens": int(train_counts.sum()), "val_tokens": int(val_counts.sum())}
+    for counts in (train_counts, val_counts):
+        counts[list(vocabulary.marks.values())] = 0
+    meta["unigram_entropy"] = unigram_entropy(train_counts, val_counts)
     (out / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     print(f"{out}: {meta['source']}\n"
           f"  {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens, "
@@ -158,11 +166,17 @@ def prepare_text(arguments):
 
 
 def vocabulary_choice(text):
+    """`bytes`, `gpt2`, or a class and the size to train it to, or the file to read it from."""
     if text in ("bytes", "gpt2"):
         return text
-    if text.isdecimal() and 257 <= int(text) <= 65536:  # every byte and the end-of-text id; ids are uint16
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not `bytes`, `gpt2` or a size from 257 to 65536")
+    kind, _, size = text.rpartition(":")
+    if kind in ("", "wordpiece"):
+        if kind and size and not size.isdecimal():
+            return WordPiece, size
+        if size.isdecimal() and 257 <= int(size) <= 65536:  # every byte and a mark; ids are uint16
+            return WordPiece if kind else BytePair, int(size)
+    raise argparse.ArgumentTypeError(f"{text!r} is not `bytes`, `gpt2`, a size from 257 to 65536, or "
+                                     f"`wordpiece:` with such a size or the name of a vocab.txt")
 
 
 def main(arguments=None):
@@ -173,8 +187,10 @@ def main(arguments=None):
     origin = text.add_mutually_exclusive_group()
     origin.add_argument("--source", help="text file, or a folder of text files (.gz too)")
     origin.add_argument("--dataset", metavar="NAME[:CONFIG]", help="a text dataset of the Hugging Face hub")
-    text.add_argument("--vocab", type=vocabulary_choice, default=4096, metavar="SIZE|gpt2|bytes",
-                      help="byte-pair encoding trained to this size (default 4096), GPT-2's own, or bytes")
+    text.add_argument("--vocab", type=vocabulary_choice, default="4096",
+                      metavar="SIZE|gpt2|bytes|wordpiece:SIZE|wordpiece:FILE",
+                      help="byte-pair encoding trained to this size (default 4096), GPT-2's own, bytes, or "
+                           "for BERT WordPiece, trained to a size or with the words of a vocab.txt")
     text.add_argument("--gpt2-ranks", default=Gpt2.FILE, metavar="FILE", help="its ranks, for --vocab gpt2")
     text.add_argument("--out", required=True, help="folder to write")
     arguments = parser.parse_args(arguments)

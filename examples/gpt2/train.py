@@ -35,15 +35,15 @@ def windows(tokens, batch, context):
     return draw
 
 
-def run(words):
-    """Trains as the command line `words` says; returns what the report needs."""
+def setup(words):
+    """(the run that the command line `words` describes, ready to train, and what its data says of itself)."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny", choices=PRESETS)
     parser.add_argument("--attention", default="flash", choices=ATTENTION)
     parser.add_argument("--context", type=training.positive, help="tokens that the model sees at once")
     parser.add_argument("--prompt", default="", help="start of the text sample at the end")
-    training.add_arguments(parser)
+    training.add_arguments(parser, data="data/stdlib")
     arguments, checkpoint = training.parse(parser, words, RECIPES)
 
     tokens, meta = training.load_tokens(arguments.data, arguments.context)
@@ -52,13 +52,20 @@ def run(words):
                         dropout=arguments.dropout, attention=arguments.attention))
     world = training.World.join(arguments.device)
     draw = windows(tokens, arguments.batch, arguments.context)
-    training.Run(model, draw, arguments, checkpoint, world).train()
-    world.leave()
-    return model, arguments, meta, world
+    return training.Run(model, draw, arguments, checkpoint, world), meta
 
 
-def report(model, arguments, meta):
+def run(words):
+    """Trains as the command line says."""
+    started, meta = setup(words)
+    started.train()
+    started.leave()
+    return started, meta
+
+
+def report(run, meta):
     """After the run: the curve, a sample, and how far below the unigram entropy the model came."""
+    model, arguments = run.model, run.arguments
     out = Path(arguments.out)
     title = f"GPT-2 {arguments.preset}, {arguments.attention} attention, {arguments.dtype}: {meta['source']}"
     training.plot_loss(out, title, meta["unigram_entropy"])
@@ -72,12 +79,12 @@ def report(model, arguments, meta):
 
 
 def main(words=None):
-    model, arguments, meta, world = run(words)
-    if world.rank == 0:
+    finished, meta = run(words)
+    if finished.world.rank == 0:
         try:
-            report(model, arguments, meta)
+            report(finished, meta)
         except OSError as error:
-            sys.exit(f"error: cannot write to {arguments.out} ({error.strerror}): free the disk; then "
+            sys.exit(f"error: cannot write to {finished.out} ({error.strerror}): free the disk; then "
                      f"--resume plots the loss")
 
 

@@ -1,8 +1,9 @@
 /* check_cpu.c: every instruction set against the definition, and timed beside it, without Python or torch.
  *
- *     make checkasm                       all levels that this CPU has
+ *     make checkasm                       all levels that this CPU has, and AMX emulated (amx_emulation.h)
+ *     build/check_cpu [calls [level]]     so many random calls; one level only
  *
- * First each micro-kernel of cpu/ops.h: AVX2 and AVX-512 must agree with generic C, and show their speed. Then whole
+ * First each micro-kernel of cpu/ops.h must agree with sums in double, and shows its speed. Then whole
  * calls through flash_attn.h with random shapes and features: each level must agree with common/reference.c. Prints one
  * line per check and level; exits with the number of failures. */
 #define _GNU_SOURCE
@@ -59,7 +60,7 @@ static void report(const char *check, const char *level, double worst, double bo
 {
     const bool good = worst <= bound;
     failures += !good;
-    printf("%-26s %-8s %9.2e %s", check, level, worst, good ? "ok  " : "FAIL");
+    printf("%-26s %-11s %9.2e %s", check, level, worst, good ? "ok  " : "FAIL");
     if (per_second > 0) printf("  %8.1f %s", per_second * 1e-9, unit);
     putchar('\n');
 }
@@ -80,77 +81,181 @@ static void report(const char *check, const char *level, double worst, double bo
 
 enum { M = 96, N = 192, D = 128 };
 
-static void check_gemm(const struct fa_cpu_ops *ops, const struct fa_cpu_ops *definition)
+/* ----------------------------------------------------------------------------- operands, whatever the table's format */
+
+static enum fa_dtype dtype_of(const struct fa_cpu_ops *ops) { return ops->element == 2 ? FA_BFLOAT16 : FA_FLOAT32; }
+
+/* (rows, stride) of the table's dtype from fp32 (rows, columns), which are rounded to bfloat16; NaN beyond the columns. */
+static void *tensor_of(const struct fa_cpu_ops *ops, float *x, int64_t rows, int64_t columns, int64_t stride)
 {
-    float *a = random_floats(N * N, -1, 1), *b = random_floats(N * N, -1, 1), *start = random_floats(N * N, -1, 1);
-    double worst = 0;
-    for (int trial = 0; trial < 60; trial++) {
-        const int64_t m = between(1, M), n = 16 * between(1, N / 16), k = between(1, M);
-        const bool transposed = trial & 1, accumulate = trial & 2;
-        const struct fa_left left = transposed ? (struct fa_left){ a, 1, N } : (struct fa_left){ a, N, 1 };
-        float *c[2] = { copy_floats(start, N * N), copy_floats(start, N * N) };
-        const struct fa_cpu_ops *both[2] = { definition, ops };
-        for (int i = 0; i < 2; i++)
-            both[i]->gemm((struct fa_result){ c[i], N }, left, (struct fa_right){ b, N, both[i]->nr }, m, n, k, accumulate);
-        worst = fmax(worst, difference(c[1], c[0], N * N));
-        free(c[0]);
-        free(c[1]);
-    }
-    float *c = random_floats(N * N, 0, 1);
-    const double s = SECONDS(ops->gemm((struct fa_result){ c, N }, (struct fa_left){ a, N, 1 }, (struct fa_right){ b, N, ops->nr },
-                                       M, N, D, false));
-    report("gemm", ops->isa, worst, 1e-5, 2.0 * M * N * D / s, "GFLOP/s");
-    free(a); free(b); free(c); free(start);
+    char *t = aligned_alloc(64, (size_t)fa_pad(ops->element * rows * stride + 64, 64));
+    memset(t, 0xff, (size_t)(ops->element * rows * stride));
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < columns; j++) {
+            float *value = x + i * columns + j;
+            *value = fa_bfloat16_to_float(fa_float_to_bfloat16(*value));
+            fa_store(dtype_of(ops), t, i * stride + j, *value);
+        }
+    return t;
 }
 
-static void check_softmax(const struct fa_cpu_ops *ops, const struct fa_cpu_ops *definition)
+static void *operand(const struct fa_cpu_ops *ops, int64_t elements)    /* poisoned */
 {
-    float *s = random_floats(M * N, -40, 40), *o = random_floats(M * D, -1, 1);
-    for (int64_t j = 0; j < N; j++) s[j] = -INFINITY;                   /* a row that sees nothing */
+    const size_t bytes = (size_t)fa_pad(ops->element * elements + 64, 64);
+    return memset(aligned_alloc(64, bytes), 0xff, bytes);
+}
+
+/* Element (i, j) of what load_right made with row stride ld. */
+static double right_at(const struct fa_cpu_ops *ops, const void *right, int64_t ld, int64_t i, int64_t j)
+{
+    if (ops->element == 4) return ((const float *)right)[i * ld + j];
+    return fa_load(FA_BFLOAT16, right, i / 32 * 32 * ld + j / 16 * 512 + i % 32 / 2 * 32 + j % 16 * 2 + i % 2);
+}
+
+/* Worst error of C against the sums of x(i, p) y(p, j), relative to 1 + |sum|. */
+#define WORST_SUM(rows, columns, inner, got, x, y)                                                                      \
+    for (int64_t i = 0; i < (rows); i++)                                                                                \
+        for (int64_t j = 0; j < (columns); j++) {                                                                       \
+            double sum_ = 0;                                                                                            \
+            for (int64_t p = 0; p < (inner); p++) sum_ += (double)(x) * (y);                                            \
+            const double gap_ = fabs((got) - sum_) / (1 + fabs(sum_));                                                  \
+            if (!(gap_ <= worst)) worst = isnan(gap_) ? INFINITY : gap_;                                                \
+        }
+
+/* S = Q K^T, O += P V and dV += P^T X from tensors to results, every size up to a block's. */
+static void check_products(const struct fa_cpu_ops *ops)
+{
+    double worst = 0, worst_sums = 0;
+    for (int trial = 0; trial < 40; trial++) {
+        const int64_t m = between(1, M), n = between(1, N), d = between(1, 140), stride = d + between(0, 5), pn = n + between(0, 3);
+        const int64_t n_pad = fa_pad(n, ops->pad), d_pad = fa_pad(d, ops->pad), x_row = fa_pad(M, 32);
+        float *x = random_floats(m * d, -1, 1), *y = random_floats(n * d, -1, 1), *w = random_floats(m * n, -1, 1);
+        void *q = tensor_of(ops, x, m, d, stride), *k = tensor_of(ops, y, n, d, stride), *p = tensor_of(ops, w, m, n, pn);
+        void *left = operand(ops, 112 * d_pad), *rows = operand(ops, N * d_pad), *panels = operand(ops, (N + 64) * d_pad);
+        void *p_left = operand(ops, 112 * n_pad), *p_sum = operand(ops, 128 * n_pad), *columns = operand(ops, d_pad * x_row);
+        float *c = random_floats(112 * N, NAN, NAN), *sums = random_floats(d_pad * N, 0, 0);
+        const enum fa_dtype dtype = dtype_of(ops);
+
+        ops->load_rows(left, d_pad, q, dtype, stride, m, d);
+        ops->load_rows(rows, d_pad, k, dtype, stride, n, d);
+        ops->pack_transposed(panels, rows, d_pad, n, d);
+        ops->gemm((struct fa_result){ c, N }, (struct fa_left){ left, d_pad }, (struct fa_right){ panels, ops->nr, ops->nr * d_pad },
+                  m, n_pad, d, false);
+        WORST_SUM(m, n, d, c[i * N + j], x[i * d + p], y[j * d + p]);
+
+        for (int64_t i = 0; i < m * N; i++) c[i] = 0;
+        ops->load_rows(p_left, n_pad, p, dtype, pn, m, n);
+        ops->load_right(panels, d_pad, k, dtype, stride, n, d);
+        ops->gemm((struct fa_result){ c, N }, (struct fa_left){ p_left, n_pad }, (struct fa_right){ panels, d_pad, ops->row_panel },
+                  m, d_pad, n, true);
+        WORST_SUM(m, d, n, c[i * N + j], w[i * n + p], y[p * d + j]);
+
+        ops->load_right(p_sum, n_pad, p, dtype, pn, m, n);
+        if (ops->pack_columns) ops->pack_columns(columns, x_row, left, d_pad, m, d_pad);
+        const struct fa_result to = { sums, ops->pack_columns ? N : d_pad };
+        void *stored = operand(ops, n * stride);
+        ops->sum_rows(to, (struct fa_left){ p_sum, n_pad },
+                      ops->pack_columns ? (struct fa_left){ columns, x_row } : (struct fa_left){ left, d_pad }, n, d_pad, m);
+        ops->store_sums(stored, dtype, stride, to, n, d, 0.5f);
+        const double before = worst;
+        worst = worst_sums;
+        WORST_SUM(n, d, m, fa_load(dtype, stored, i * stride + j), 0.5 * w[p * n + i], x[p * d + j]);
+        worst_sums = worst, worst = before;
+        free(x); free(y); free(w); free(q); free(k); free(p); free(left); free(rows); free(panels); free(p_left); free(p_sum);
+        free(columns); free(c); free(sums); free(stored);
+    }
+    report("sum_rows, store_sums", ops->isa, worst_sums, ops->element == 2 ? 4e-3 : 1e-5, 0, NULL);
+
+    const int64_t keys = ops->backward.n < N ? ops->backward.n : N;
+    void *a = operand(ops, N * N), *b = operand(ops, 2 * N * N);
+    float *c = random_floats(N * N, 0, 0);
+    memset(a, 0, (size_t)(ops->element * N * N)), memset(b, 0, (size_t)(2 * ops->element * N * N));
+    double s = SECONDS(ops->gemm((struct fa_result){ c, N }, (struct fa_left){ a, D }, (struct fa_right){ b, ops->nr, ops->nr * D }, M, N, D, false));
+    report("gemm Q K^T, 96x192x128", ops->isa, worst, 1e-5, 2.0 * M * N * D / s, "GFLOP/s");
+    s = SECONDS(ops->gemm((struct fa_result){ c, N }, (struct fa_left){ a, N }, (struct fa_right){ b, D, ops->row_panel }, M, D, N, true));
+    report("gemm P V, 96x128x192", ops->isa, worst, 1e-5, 2.0 * M * N * D / s, "GFLOP/s");
+    s = SECONDS(ops->sum_rows((struct fa_result){ c, N }, (struct fa_left){ b, N }, (struct fa_left){ a, N }, keys, D, M));
+    report("sum_rows P^T dO", ops->isa, worst, 1e-5, 2.0 * M * (double)keys * D / s, "GFLOP/s");
+    free(a); free(b); free(c);
+}
+
+/* P at its own precision, exp2's error included: an element of the table's dtype. */
+static double precision(const struct fa_cpu_ops *ops) { return ops->element == 2 ? 0x1p-8 + 2e-4 : 2e-5; }
+
+static void check_softmax(const struct fa_cpu_ops *ops)
+{
+    const float scale = 0.7f;
+    double worst = 0, worst_sum = 0;
+    float *s = random_floats(M * N, -40, 40), *z = random_floats(M * N, 0, 2), *o = random_floats(M * D, -1, 1);
+    for (int64_t j = 0; j < N; j++) s[j] = -INFINITY, s[7 * N + j] *= 1e9f;     /* a row that sees nothing, and huge scores */
     s[N + 5] = -INFINITY;
-    float *result[2][4];
-    const struct fa_cpu_ops *both[2] = { definition, ops };
-    for (int i = 0; i < 2; i++) {
-        float *max = random_floats(M, -1, 1), *sum = random_floats(M, 1, 2);
-        for (int64_t r = 0; r < M; r++) max[r] = r % 3 ? -INFINITY : 7, sum[r] = r % 3 ? 0 : 2;
-        result[i][0] = copy_floats(s, M * N);
-        result[i][1] = copy_floats(o, M * D);
-        result[i][2] = max;
-        result[i][3] = sum;
-        both[i]->online_softmax((struct fa_result){ result[i][0], N }, M, N, 0.7f, max, sum, (struct fa_result){ result[i][1], D }, D);
+    for (int variant = 0; variant < 2; variant++) {
+        float *x = copy_floats(s, M * N), *rows = copy_floats(o, M * D), max[M], sum[M];
+        void *p = ops->element == 4 ? x : operand(ops, M * N);
+        for (int64_t r = 0; r < M; r++) max[r] = r % 3 ? -INFINITY : r % 2 ? 39 : 7, sum[r] = r % 3 ? 0 : 2;
+        ops->online_softmax((struct fa_result){ x, N }, M, N, scale, max, sum, (struct fa_result){ rows, D }, D, variant ? z : NULL, p);
+        for (int64_t r = 0; r < M; r++) {
+            const double old = r % 3 ? -INFINITY : r % 2 ? 39 : 7, alpha = max[r] == old ? 1 : exp2(scale * (old - max[r]));
+            double top = old, total = (r % 3 ? 0 : 2) * alpha;
+            for (int64_t j = 0; j < N; j++) {
+                const double e = s[r * N + j] == -INFINITY ? 0 : exp2(scale * ((double)s[r * N + j] - max[r]));
+                const double wanted = e * (variant ? z[r * N + j] : 1), got = fa_load(dtype_of(ops), p, r * N + j);
+                top = fmax(top, s[r * N + j]), total += e;
+                worst = fmax(worst, fabs(got - wanted) / (wanted + 1e-6));
+            }
+            if (!(scale * (top - max[r]) <= (ops->element == 2 ? 8.001 : 0)) && top != -INFINITY) worst = INFINITY;
+            worst_sum = fmax(worst_sum, fabs(sum[r] - total) / (total + 1e-6));
+            for (int64_t c = 0; c < D; c++) worst_sum = fmax(worst_sum, fabs(rows[r * D + c] - alpha * o[r * D + c]) / (alpha + 1e-6));
+        }
+        if (p != x) free(p);
+        free(x); free(rows);
     }
-    double worst = difference(result[1][0], result[0][0], M * N);
-    worst = fmax(worst, difference(result[1][1], result[0][1], M * D));
-    worst = fmax(worst, difference(result[1][2], result[0][2], M));
-    worst = fmax(worst, difference(result[1][3], result[0][3], M));
-    const double seconds = SECONDS(ops->online_softmax((struct fa_result){ result[1][0], N }, M, N, 0.7f, result[1][2], result[1][3],
-                                                       (struct fa_result){ result[1][1], D }, D));
-    report("online_softmax", ops->isa, worst, 2e-5, M * N / seconds, "Gscore/s");
-    for (int i = 0; i < 2; i++) for (int j = 0; j < 4; j++) free(result[i][j]);
-    free(s); free(o);
+    float max[M], sum[M] = {0};
+    for (int64_t r = 0; r < M; r++) max[r] = 40;
+    void *p = ops->element == 4 ? s : operand(ops, M * N);
+    const double seconds = SECONDS(ops->online_softmax((struct fa_result){ s, N }, 32, N, 0.7f, max, sum, (struct fa_result){ o, D }, D, NULL, p));
+    report("online_softmax: P", ops->isa, worst, precision(ops), 32 * N / seconds, "Gscore/s");
+    report("online_softmax: sum, O", ops->isa, worst_sum, ops->element == 2 ? 2e-4 : 2e-5, 0, NULL);
+    if (p != s) free(p);
+    free(s); free(o); free(z);
 }
 
-static void check_softmax_backward(const struct fa_cpu_ops *ops, const struct fa_cpu_ops *definition)
+static void check_softmax_backward(const struct fa_cpu_ops *ops)
 {
     float *s = random_floats(M * N, -10, 0), *dp = random_floats(M * N, -1, 1), *z = random_floats(M * N, 0, 2);
-    float *lse = random_floats(M, 0, 3), *delta = random_floats(M, -1, 1);
-    lse[3] = INFINITY;
-    const struct fa_cpu_ops *both[2] = { definition, ops };
+    float *d = random_floats(M * N, 0, 1), *lse = random_floats(M, 0, 3), *delta = random_floats(M, -1, 1);
+    const float scale = 1.2f;
     double worst = 0;
-    for (int variant = 0; variant < 4; variant++) {
-        float *x[2], *g[2];
-        for (int i = 0; i < 2; i++) {
-            x[i] = copy_floats(s, M * N), g[i] = copy_floats(dp, M * N);
-            both[i]->softmax_backward((struct fa_result){ x[i], N }, (struct fa_result){ g[i], N }, M, N, 1.2f, lse, delta,
-                                      variant & 1 ? z : NULL, variant & 2 ? z : NULL);
-        }
-        worst = fmax(worst, fmax(difference(x[1], x[0], M * N), difference(g[1], g[0], M * N)));
-        for (int i = 0; i < 2; i++) free(x[i]), free(g[i]);
+    lse[3] = INFINITY;
+    s[5 * N + 7] = -INFINITY;
+    for (int64_t j = 0; j < N; j++) s[6 * N + j] = -1e9f + 64 * (float)(j % 3);     /* huge scores: powers of two apart */
+    lse[6] = -1e9f + 128;
+    for (int variant = 0; variant < 8; variant++) {
+        const int64_t rows = variant & 4 ? 77 : M;
+        float *x = copy_floats(s, M * N), *g = copy_floats(dp, M * N);
+        struct fa_gradients t = { x, g, g, variant & 2 };
+        if (ops->element != 4) t = (struct fa_gradients){ operand(ops, M * N), operand(ops, M * N), operand(ops, M * N), variant & 2 };
+        ops->softmax_backward((struct fa_result){ x, N }, (struct fa_result){ g, N }, rows, N, scale, lse, delta,
+                              variant & 1 ? z : NULL, variant & 2 ? d : NULL, t);
+        for (int64_t r = 0; r < (ops->element == 2 ? M : rows); r++)
+            for (int64_t j = 0; j < N; j++) {
+                const int64_t at = r * N + j;
+                const double p = r < rows ? fmin(1, exp2(scale * ((double)s[at] - lse[r]))) : 0, mask = variant & 1 ? z[at] : 1;
+                const double ds = p * (mask * dp[at] - delta[r]) * (variant & 2 ? d[at] : 1);
+                worst = fmax(worst, fabs(right_at(ops, t.p, N, r, j) - p * mask) / (1 + p * mask));
+                worst = fmax(worst, fabs(right_at(ops, t.ds_sum, N, r, j) - ds) / (1 + fabs(ds)));
+                if (r < rows) worst = fmax(worst, fabs(fa_load(dtype_of(ops), t.ds, at) - ds) / (1 + fabs(ds)));
+            }
+        if (ops->element != 4) free(t.p), free(t.ds), free(t.ds_sum);
+        free(x); free(g);
     }
-    const double seconds = SECONDS(ops->softmax_backward((struct fa_result){ s, N }, (struct fa_result){ dp, N }, M, N, 1.2f,
-                                                         lse, delta, NULL, NULL));
-    report("softmax_backward", ops->isa, worst, 2e-5, M * N / seconds, "Gscore/s");
-    free(s); free(dp); free(z); free(lse); free(delta);
+    struct fa_gradients t = { s, dp, dp, false };
+    if (ops->element != 4) t = (struct fa_gradients){ operand(ops, M * N), operand(ops, M * N), operand(ops, M * N), false };
+    const double seconds = SECONDS(ops->softmax_backward((struct fa_result){ s, N }, (struct fa_result){ dp, N }, 32, N, scale, lse, delta,
+                                                         NULL, NULL, t));
+    report("softmax_backward", ops->isa, worst, precision(ops), 32 * N / seconds, "Gscore/s");
+    if (ops->element != 4) free(t.p), free(t.ds), free(t.ds_sum);
+    free(s); free(dp); free(z); free(d); free(lse); free(delta);
 }
 
 /* tanh and ALiBi against libm in double, not only against each other. */
@@ -174,13 +279,44 @@ static void check_score_rows(const struct fa_cpu_ops *ops)
     free(s); free(t); free(derivative);
 }
 
+/* A bias against plain C in double, a mask bit for bit; both with a tail, and nothing written beyond it. */
+static void check_bias_and_mask(const struct fa_cpu_ops *ops)
+{
+    enum { ROWS = 7, COUNT = 77, PADDED = 80 };
+    float *s = random_floats(ROWS * N, -9, 9), *bias = random_floats(ROWS * N, -3, 3);
+    uint8_t stored[4 * ROWS * N], mask[ROWS * N];
+    double worst = 0, wrong = 0;
+    bias[5] = -INFINITY;
+    for (int i = 0; i < ROWS * N; i++) mask[i] = (uint8_t)(between(0, 2) ? between(1, 255) : 0);
+    for (enum fa_dtype dtype = FA_FLOAT32; dtype <= FA_BFLOAT16; dtype++)
+        for (int64_t stride = 0; stride <= N; stride += N) {
+            float *t = copy_floats(s, ROWS * N), *u = copy_floats(s, ROWS * N);
+            for (int i = 0; i < ROWS * N; i++) fa_store(dtype, stored, i, bias[i]);
+            ops->add_bias((struct fa_result){ t, N }, ROWS, COUNT, -0.7f, stored, dtype, stride);
+            ops->apply_mask((struct fa_result){ u, N }, ROWS, COUNT, mask, stride);
+            for (int64_t r = 0; r < ROWS; r++)
+                for (int64_t j = 0; j < COUNT; j++) {
+                    const float x = s[r * N + j], sum = (float)(-0.7f * (double)x + fa_load(dtype, stored, r * stride + j));
+                    worst = fmax(worst, difference(&t[r * N + j], &sum, 1));
+                    wrong += u[r * N + j] != (mask[r * stride + j] ? x : -INFINITY);
+                }
+            for (int64_t r = 0; r < ROWS; r++) wrong += memcmp(t + r * N + PADDED, s + r * N + PADDED, (N - PADDED) * sizeof *s) != 0;
+            free(t); free(u);
+        }
+    float *big = random_floats(M * N, -3, 3);
+    uint8_t *seen = (uint8_t *)big;
+    report("add_bias", ops->isa, worst, 1e-6, M * N / SECONDS(ops->add_bias((struct fa_result){ big, N }, M, N, 1, bias, FA_BFLOAT16, 0)), "Gscore/s");
+    report("apply_mask", ops->isa, wrong, 0, M * N / SECONDS(ops->apply_mask((struct fa_result){ big, N }, M, N, seen, 0)), "Gscore/s");
+    free(s); free(bias); free(big);
+}
+
 static void check_conversions(const struct fa_cpu_ops *ops)
 {
-    enum { WIDE = 67, LD = 80 };
+    enum { WIDE = 67, LD = 96 };
     float values[WIDE] = { 0, -0.0f, INFINITY, -INFINITY, NAN, 65504, 65520, 6e-8f, 3e-8f, 1e-45f, 3.4e38f, 1.00390625f, 1.01171875f };
     for (int i = 13; i < WIDE; i++) values[i] = uniform(-8, 8);
     double worst = 0;
-    for (enum fa_dtype dtype = FA_FLOAT32; dtype <= FA_BFLOAT16; dtype++) {
+    for (enum fa_dtype dtype = ops->element == 2 ? FA_BFLOAT16 : FA_FLOAT32; dtype <= FA_BFLOAT16; dtype++) {
         uint8_t stored[4 * WIDE + 64] = {0}, expected[4 * WIDE] = {0};
         float padded[LD] = {0}, back[LD], wanted[LD] = {0};
         memcpy(padded, values, sizeof values);
@@ -189,22 +325,15 @@ static void check_conversions(const struct fa_cpu_ops *ops)
         for (int i = 0; i < WIDE; i++)
             if (!isnan(values[i]) && memcmp(stored + i * (int)fa_sizeof(dtype), expected + i * (int)fa_sizeof(dtype), fa_sizeof(dtype)))
                 worst = 1;
-        ops->load_rows(back, LD, stored, dtype, WIDE, 1, WIDE);
+        if (ops->element == 2) {
+            uint16_t halves[LD + 16];
+            ops->load_rows(halves, LD, stored, dtype, WIDE, 1, WIDE);
+            for (int i = 0; i < LD; i++) back[i] = fa_bfloat16_to_float(halves[i]);
+        } else
+            ops->load_rows(back, LD, stored, dtype, WIDE, 1, WIDE);
         worst = fmax(worst, difference(back, wanted, LD));
     }
     report("load_rows, store_row", ops->isa, worst, 0, 0, NULL);
-
-    float *rows = random_floats(N * D, -1, 1), *panels = random_floats(N * D + 64 * D, 9, 9);
-    const int64_t count = 77, k = 59;
-    ops->pack_transposed(panels, rows, D, count, k);
-    worst = 0;
-    for (int64_t r = 0; r < fa_pad(count, ops->nr); r++)
-        for (int64_t c = 0; c < k; c++)
-            worst = fmax(worst, fabs(panels[r / ops->nr * ops->nr * fa_pad(k, 16) + c * ops->nr + r % ops->nr]
-                                     - (r < count ? rows[r * D + c] : 0)));
-    report("pack_transposed", ops->isa, worst, 0,
-           N * D / SECONDS(ops->pack_transposed(panels, rows, D, N, D)), "Gelement/s");
-    free(rows); free(panels);
 }
 
 static void check_dropout(const struct fa_cpu_ops *ops)
@@ -226,19 +355,57 @@ static void check_dropout(const struct fa_cpu_ops *ops)
 
 /* ------------------------------------------------------------------------------------------------ whole calls */
 
-struct call { struct fa_params p; float *memory[9]; int64_t size[9]; int64_t rng[2]; float slopes[8]; };
+/* Tensors 0 to 3 and BIAS are given, 4 to DBIAS are results; from LSE on they are fp32. */
+enum { LSE = 8, DBIAS, BIAS, TENSORS };
+struct call { struct fa_params p; char *memory[TENSORS]; int64_t size[TENSORS]; uint8_t *mask; int64_t rng[2]; float slopes[8]; };
+static enum fa_dtype dtype_in(const struct call *c, int which) { return which >= LSE ? FA_FLOAT32 : c->p.dtype; }
 
 static struct fa_tensor tensor(struct call *c, int which, int64_t s, int64_t h, int64_t d)
 {
     c->size[which] = c->p.b * s * h * d;
-    c->memory[which] = random_floats(c->size[which] + 1, -1.5f, 1.5f);
+    c->memory[which] = aligned_alloc(64, (size_t)fa_pad(4 * c->size[which] + 64, 64));
+    for (int64_t i = 0; i < c->size[which]; i++) fa_store(dtype_in(c, which), c->memory[which], i, uniform(-1.5f, 1.5f));
     return (struct fa_tensor){ c->memory[which], s * h * d, h * d, d };
 }
 
-static struct call random_call(void)
+/* Varies along some indices at random; returns its number of elements. */
+static int64_t random_scores(const struct fa_params *p, struct fa_scores *t)
+{
+    int64_t size = 1, *const strides[] = { &t->stride_k, &t->stride_q, &t->stride_h, &t->stride_b };
+    const int64_t sizes[] = { p->sk, p->sq, p->h, p->b };
+    for (int n = 0; n < 4; n++) {
+        const bool varies = sizes[n] > 1 && between(0, 2);
+        *strides[n] = varies ? size : 0;
+        if (varies) size *= sizes[n];
+    }
+    return size;
+}
+
+/* Hides single keys, and stretches that are longer than a tile. */
+static void random_bias_and_mask(struct call *c)
+{
+    struct fa_params *p = &c->p;
+    if (between(0, 1)) {
+        c->size[BIAS] = c->size[DBIAS] = random_scores(p, &p->bias);
+        for (int i = DBIAS; i <= BIAS; i++) c->memory[i] = (char *)random_floats(c->size[i], -2, 2);
+        p->bias.ptr = c->memory[BIAS];
+        p->dbias = p->bias;
+        p->dbias.ptr = c->memory[DBIAS];
+        for (int64_t n = between(0, 1) ? c->size[BIAS] / 3 : 0; n > 0; n--) ((float *)p->bias.ptr)[between(0, c->size[BIAS] - 1)] = -INFINITY;
+    }
+    if (between(0, 1)) {
+        const int64_t size = random_scores(p, &p->mask), hidden = between(0, size);
+        p->mask.ptr = c->mask = malloc((size_t)size);
+        for (int64_t i = 0; i < size; i++) c->mask[i] = between(0, 5) > 0;
+        memset(c->mask + between(0, size - hidden), 0, (size_t)hidden);
+    }
+}
+
+static struct call random_call(enum fa_dtype dtype)
 {
     struct call c = { .rng = { between(0, INT32_MAX), between(0, INT32_MAX) } };
     struct fa_params *p = &c.p;
+    p->dtype = dtype;
     p->b = between(1, 2), p->hk = between(1, 2), p->h = p->hk * between(1, 3);
     p->sq = between(0, 3) ? between(1, 260) : between(1, 4), p->sk = between(1, 420);
     p->d = between(1, 140), p->d_v = between(0, 1) ? p->d : between(1, 80);
@@ -255,6 +422,7 @@ static struct call random_call(void)
     p->dq = tensor(&c, 5, p->sq, p->h, p->d), p->dk = tensor(&c, 6, p->sk, p->hk, p->d), p->dv = tensor(&c, 7, p->sk, p->hk, p->d_v);
     p->lse = tensor(&c, 8, p->sq, p->h, 1);
     p->lse.stride_b = p->h * p->sq, p->lse.stride_s = 1, p->lse.stride_h = p->sq;
+    random_bias_and_mask(&c);
     return c;
 }
 
@@ -274,58 +442,86 @@ static void run(struct fa_params *p, enum fa_pass pass)
     }
 }
 
-static void check_calls(const char *isa, int trials)
+/* Values as fp32, so that they can be compared after the next run has written over them. */
+static float *values_of(const struct call *c, int which)
+{
+    float *x = random_floats(c->size[which], 0, 0);
+    for (int64_t i = 0; i < c->size[which]; i++) x[i] = (float)fa_load(dtype_in(c, which), c->memory[which], i);
+    return x;
+}
+
+/* What bfloat16's errors are measured by: the largest value of their tensor. The terms of dS cancel along a row, so where an
+ * element of dbias sums whole rows, it is their number. */
+static double unit_of(const struct call *c, int which, const float *x)
+{
+    const int64_t n = c->size[which], rows = c->p.b * c->p.h * c->p.sq;
+    double most = which == DBIAS && c->p.dbias.stride_k == 0 ? (double)rows / (double)n : 1e-3;
+    for (int64_t i = 0; i < n; i++)
+        if (isfinite(x[i])) most = fmax(most, fabs((double)x[i]));
+    return most;
+}
+
+static void check_calls(const char *isa, enum fa_dtype dtype, double bound, int trials)
 {
     double worst = 0;
     setenv("FLASH_ATTN_CPU_ISA", isa, 1);
     for (int trial = 0; trial < trials; trial++) {
-        struct call c = random_call();
+        struct call c = random_call(dtype);
         c.p.rng = c.rng;
         if (c.p.alibi) c.p.alibi = c.slopes;
         setenv("FLASH_ATTN_KERNEL", "reference", 1);
         run(&c.p, FA_FORWARD);
         run(&c.p, FA_BACKWARD);
-        float *expected[9];
-        for (int i = 4; i < 9; i++) {
-            expected[i] = copy_floats(c.memory[i], c.size[i]);
-            memset(c.memory[i], 0xff, (size_t)(4 * c.size[i]));         /* poison the outputs */
+        float *expected[BIAS] = {0};
+        for (int i = 4; i < BIAS && c.memory[i]; i++) {
+            expected[i] = values_of(&c, i);
+            memset(c.memory[i], 0xff, (size_t)c.size[i] * fa_sizeof(dtype_in(&c, i)));      /* poison the outputs */
         }
         setenv("FLASH_ATTN_KERNEL", "cpu", 1);
         run(&c.p, FA_FORWARD);
         run(&c.p, FA_BACKWARD);
-        for (int i = 4; i < 9; i++) {
-            const double gap = difference(c.memory[i], expected[i], c.size[i]);
-            if (gap > 1e-4)
-                printf("  tensor %d differs by %.1e: b %d h %d/%d s %d %d d %d %d scale %g softcap %g window %d %d alibi %d dropout %g\n",
+        for (int i = 4; i < BIAS && c.memory[i]; i++) {
+            float *ours = values_of(&c, i);
+            const double unit = dtype == FA_BFLOAT16 ? unit_of(&c, i, expected[i]) : 1;
+            const double gap = difference(ours, expected[i], c.size[i]) / unit;
+            if (!(gap <= bound))
+                printf("  tensor %d differs by %.1e: b %d h %d/%d s %d %d d %d %d scale %g softcap %g window %d %d alibi %d dropout %g bias %d mask %d\n",
                        i, gap, (int)c.p.b, (int)c.p.h, (int)c.p.hk, (int)c.p.sq, (int)c.p.sk, (int)c.p.d, (int)c.p.d_v, c.p.scale,
-                       c.p.softcap, (int)c.p.window_left, (int)c.p.window_right, c.p.alibi != NULL, c.p.dropout_p);
+                       c.p.softcap, (int)c.p.window_left, (int)c.p.window_right, c.p.alibi != NULL, c.p.dropout_p,
+                       c.p.bias.ptr != NULL, c.p.mask.ptr != NULL);
             worst = fmax(worst, gap);
+            free(ours);
             free(expected[i]);
         }
-        for (int i = 0; i < 9; i++) free(c.memory[i]);
+        for (int i = 0; i < TENSORS; i++) free(c.memory[i]);
+        free(c.mask);
     }
-    report("forward and backward", isa, worst, 1e-4, 0, NULL);
+    report(dtype == FA_BFLOAT16 ? "calls in bfloat16" : "calls in fp32", isa, worst, bound, 0, NULL);
 }
 
 int main(int count, char **arguments)
 {
     const int trials = count > 1 ? atoi(arguments[1]) : 40;
-    const struct fa_cpu_ops *definition = fa_cpu_ops_at(FA_CPU_GENERIC);
-    static const char *const names[FA_CPU_LEVELS] = { "generic", "avx2", "avx512" };
-    printf("%-26s %-8s %9s\n", "check", "level", "error");
+    static const char *const names[FA_CPU_LEVELS] = { "generic", "avx2", "avx512", "avx512_bf16", "amx" };
+    printf("%-26s %-11s %9s\n", "check", "level", "error");
     for (int level = 0; level < FA_CPU_LEVELS; level++) {
         const struct fa_cpu_ops *ops = fa_cpu_ops_at((enum fa_cpu_level)level);
+        if (count > 2 && strcmp(arguments[2], names[level])) continue;
         if (!ops) {
-            printf("%-26s %-8s skipped: this CPU lacks it\n", "all", names[level]);
+            printf("%-26s %-11s skipped: this CPU lacks it\n", "all", names[level]);
             continue;
         }
-        check_gemm(ops, definition);
-        check_softmax(ops, definition);
-        check_softmax_backward(ops, definition);
+        if (ops->enter) ops->enter();
+        check_products(ops);
+        check_softmax(ops);
+        check_softmax_backward(ops);
+        if (ops->leave) ops->leave();
         check_score_rows(ops);
+        check_bias_and_mask(ops);
         check_conversions(ops);
         check_dropout(ops);
-        check_calls(ops->isa, trials);
+        if (ops->element == 4) check_calls(ops->isa, FA_FLOAT32, 1e-4, trials);
+        check_calls(ops->isa, FA_BFLOAT16, 4e-2, trials);
     }
     printf("%d failed\n", failures);
     return failures != 0;

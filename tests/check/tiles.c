@@ -3,6 +3,7 @@
 #include <stdio.h>
 
 #include "../../csrc/cuda/launch.h"
+#include "../../csrc/cuda/sm90/kernels.h"
 
 static const struct { const char *name; fa_cuda_find *find; } tables[] = {
     { "forward 32",   fa_sm80_forward_32 },   { "forward 64",   fa_sm80_forward_64 },   { "forward 96",   fa_sm80_forward_96 },
@@ -14,17 +15,45 @@ static const struct { const char *name; fa_cuda_find *find; } tables[] = {
     { "fp32 backward 128", fa_sm80_fp32_backward_128 }, { "fp32 backward 256", fa_sm80_fp32_backward_256 },
 };
 
+#ifdef FA_WITH_SM90
+static const struct { const char *name; fa_sm90_find *find; } hopper_tables[] = {
+    { "sm90 forward 64",  fa_sm90_forward_bf16_64 },  { "sm90 forward 96",  fa_sm90_forward_bf16_96 },
+    { "sm90 forward 128", fa_sm90_forward_bf16_128 }, { "sm90 forward 192", fa_sm90_forward_bf16_192 },
+    { "sm90 forward 256", fa_sm90_forward_bf16_256 },
+};
+static const struct { const char *name; fa_sm90_find_backward *find; } hopper_backward_tables[] = {
+    { "sm90 backward 64",  fa_sm90_backward_64 },  { "sm90 backward 96",  fa_sm90_backward_96 },
+    { "sm90 backward 128", fa_sm90_backward_128 }, { "sm90 backward 192", fa_sm90_backward_192 },
+    { "sm90 backward 256", fa_sm90_backward_256 },
+};
+#endif
+
+static const char *const variants[] = { "plain", "score-mod", "dropout" };
+
+static void print(const char *name, enum fa_variant variant, const char *size, const struct fa_cuda_kernel *kernel)
+{
+    printf("%s %s%s: %d x %d, %d threads, %d bytes\n", name, variants[variant], size, kernel->block_m, kernel->block_n,
+           kernel->threads, kernel->shared_bytes);
+}
+
 int main(void)
 {
-    static const char *const variants[] = { "plain", "score-mod", "dropout" };
+#ifdef FA_WITH_SM90
+    for (size_t n = 0; n < sizeof hopper_tables / sizeof *hopper_tables; n++)
+        for (enum fa_variant variant = FA_PLAIN; variant < FA_VARIANTS; variant++)
+            print(hopper_tables[n].name, variant, "", hopper_tables[n].find(variant));
+    for (size_t n = 0; n < sizeof hopper_backward_tables / sizeof *hopper_backward_tables; n++)
+        for (enum fa_variant variant = FA_PLAIN; variant < FA_VARIANTS; variant++)
+            print(hopper_backward_tables[n].name, variant, "",
+                  hopper_backward_tables[n].find(FA_BFLOAT16, variant == FA_SCORE_MOD, variant == FA_DROPOUT));
+#endif
     for (size_t n = 0; n < sizeof tables / sizeof *tables; n++)
         for (enum fa_variant variant = FA_PLAIN; variant < FA_VARIANTS; variant++) {
             const void *before = variant == FA_PLAIN ? NULL : tables[n].find(FA_BFLOAT16, variant - 1, false)->function;
             for (int small = 0; small < 2; small++) {
                 const struct fa_cuda_kernel *kernel = tables[n].find(FA_BFLOAT16, variant, small);
                 if (kernel->function == before) continue;
-                printf("%s %s%s: %d x %d, %d threads, %d bytes\n", tables[n].name, variants[variant], small ? " small" : "",
-                       kernel->block_m, kernel->block_n, kernel->threads, kernel->shared_bytes);
+                print(tables[n].name, variant, small ? " small" : "", kernel);
                 before = kernel->function;
             }
         }

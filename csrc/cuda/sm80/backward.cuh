@@ -12,7 +12,9 @@
 #ifndef FA_SM80_BACKWARD_CUH
 #define FA_SM80_BACKWARD_CUH
 
+#include "../bias.cuh"
 #include "../dq_layout.cuh"
+#include "../mask.cuh"
 #include "../score.cuh"
 #include "../tile.cuh"
 #include "config.h"
@@ -28,6 +30,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
         KV_BYTES = BLOCK_N * D * 2, Q_BYTES = BLOCK_M * D * 2, STAGE_BYTES = 2 * Q_BYTES + 2 * 4 * BLOCK_M,
         DS_BYTES = BLOCK_N * BLOCK_M * 2, P_BYTES = Q_WARPS > 1 ? DS_BYTES : 0,
         SHARED_BYTES = 2 * KV_BYTES + STAGES * STAGE_BYTES + DS_BYTES + P_BYTES,
+        BIAS_TILE_BYTES = BLOCK_M * BLOCK_N * 2, BIAS_BYTES = STAGES * BIAS_TILE_BYTES,
     };
     static_assert(KEYS % 16 == 0 && QUERIES % 16 == 0 && CHANNELS % 16 == 0, "whole fragments of S, dP, dV, dK");
     static_assert(BLOCK_M % DQ_M == 0 && DQ_WM * DQ_WN == WARPS && DQ_DT % DQ_STEP == 0 && DQ_STEP % 2 == 0, "and of dQ");
@@ -35,7 +38,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     const fa_cuda_args &a;
     const int lane, key_warp, q_warp, b, kv_head, j0;               /* j0: first key of the block */
     const sequence seq;
-    const uint32_t k_tile, v_tile, ds_tile, p_tile, stages;
+    const uint32_t k_tile, v_tile, ds_tile, p_tile, stages, bias_tiles;
     int m_first, m_last;                                            /* query tiles [first, last) */
     const uint16_t *q_at, *dout_at;                                 /* this thread's start in the next tile to load */
     const float *row_at;                                            /* and its four of lse2 or delta */
@@ -44,7 +47,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     __device__ __forceinline__ backward(const fa_cuda_args &args, int batch, int kv, int n, uint32_t shared)
         : a(args), lane(threadIdx.x & 31), key_warp((threadIdx.x >> 5) % KEY_WARPS), q_warp((threadIdx.x >> 5) / KEY_WARPS),
           b(batch), kv_head(kv), j0(n * BLOCK_N), seq(sequence_of(args.p, batch)), k_tile(shared), v_tile(shared + KV_BYTES),
-          ds_tile(shared + 2 * KV_BYTES), p_tile(ds_tile + DS_BYTES), stages(p_tile + P_BYTES)
+          ds_tile(shared + 2 * KV_BYTES), p_tile(ds_tile + DS_BYTES), stages(p_tile + P_BYTES), bias_tiles(shared + SHARED_BYTES)
     {
         #pragma unroll
         for (int k = 0; k < KT; k++)
@@ -70,26 +73,44 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     __device__ __forceinline__ bool done(const position &at) const { return at.head >= (kv_head + 1) * a.group; }
     __device__ __forceinline__ position next(position at) const
     {
-        return at.m > m_first ? position{ at.head, at.m - 1 } : position{ at.head + 1, m_last - 1 };
+        if (!has_mask<VARIANT>(a)) return at.m > m_first ? position{ at.head, at.m - 1 } : position{ at.head + 1, m_last - 1 };
+        for (; !done(at); at = { at.head + 1, m_last }) {          /* past tiles that the mask shows nothing of */
+            at.m = last_visible_tile(a.mask, mask_plane(a.mask, b, at.head), j0 / BLOCK_N, m_first, at.m);
+            if (at.m >= m_first) break;
+        }
+        return at;
+    }
+    __device__ __forceinline__ bool needs_no_mask(const position &at) const
+    {
+        if (has_bias<VARIANT>(a) && !a.bias_staged) return false;       /* biases that are not staged share the masks' copy of the code */
+        return !has_mask<VARIANT>(a) || tile_is_whole(a.mask, mask_plane(a.mask, b, at.head), j0 / BLOCK_N, at.m);
+    }
+    __device__ __forceinline__ position start() const
+    {
+        if (m_first >= m_last) return { (kv_head + 1) * a.group, 0 };
+        const position at = { kv_head * a.group, m_last };
+        return has_mask<VARIANT>(a) ? next(at) : position{ at.head, m_last - 1 };
     }
 
     /* Q, dO, lse2 and delta of a query tile. Tiles of a head come in descending order, each from a place before the last one's. */
     using whole = whole_tile<D, THREADS>;
-    __device__ __forceinline__ void load_stage(const position &at, uint32_t stage)
+    __device__ __forceinline__ void load_stage(const position &at, uint32_t tile, uint32_t bias_tile)
     {
         if (!done(at)) {
             const int i0 = at.m * BLOCK_M, thread = threadIdx.x;
-            if (at.m == m_last - 1) {
+            if (at.m == m_last - 1 || has_mask<VARIANT>(a)) {       /* the tile before may have been passed over */
                 q_at = queries(a.p.q, at.head, i0, 0, true).ptr + whole::first(a.p.q.stride_s);
                 dout_at = queries(a.p.dout, at.head, i0, 0, true).ptr + whole::first(a.p.dout.stride_s);
                 row_at = (thread < BLOCK_M / 4 ? a.lse2 : a.delta) + padded_row(a, seq, b, at.head) + i0 + thread % (BLOCK_M / 4) * 4;
             }
             const bool exists = i0 + BLOCK_M <= seq.sq;
-            if (a.whole_q && exists) whole::template load<BLOCK_M>(stage, q_at, a.p.q.stride_s);
-            else load_tile<BLOCK_M, D, THREADS>(stage, queries(a.p.q, at.head, i0, (int)a.p.d, a.aligned_q));
-            if (a.whole_dout && exists) whole::template load<BLOCK_M>(stage + Q_BYTES, dout_at, a.p.dout.stride_s);
-            else load_tile<BLOCK_M, D, THREADS>(stage + Q_BYTES, queries(a.p.dout, at.head, i0, (int)a.p.d_v, a.aligned_dout));
-            if (thread < BLOCK_M / 2) cp_async_16(stage + 2 * Q_BYTES + thread * 16, row_at, 16);
+            if (a.whole_q && exists) whole::template load<BLOCK_M>(tile, q_at, a.p.q.stride_s);
+            else load_tile<BLOCK_M, D, THREADS>(tile, queries(a.p.q, at.head, i0, (int)a.p.d, a.aligned_q));
+            if (a.whole_dout && exists) whole::template load<BLOCK_M>(tile + Q_BYTES, dout_at, a.p.dout.stride_s);
+            else load_tile<BLOCK_M, D, THREADS>(tile + Q_BYTES, queries(a.p.dout, at.head, i0, (int)a.p.d_v, a.aligned_dout));
+            if (thread < BLOCK_M / 2) cp_async_16(tile + 2 * Q_BYTES + thread * 16, row_at, 16);
+            if (VARIANT != FA_PLAIN && a.bias_staged)
+                load_bias_tile<BLOCK_M, BLOCK_N, THREADS>(bias_tile, a, seq, b, at.head, i0, j0);
             q_at -= BLOCK_M * a.p.q.stride_s;
             dout_at -= BLOCK_M * a.p.dout.stride_s;
             row_at -= BLOCK_M;
@@ -174,9 +195,57 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
             }
     }
 
+    /* Query and key of element e of accumulator (k, n); i0: this warp's first query. */
+    __device__ __forceinline__ int query(int i0, int n, int e) const { return i0 + n * 8 + (lane & 3) * 2 + e % 2; }
+    __device__ __forceinline__ int key(int k, int e) const { return j0 + key_warp * KEYS + k * 16 + (lane >> 2) + e / 2 * 8; }
+
+    /* To a piece of 16 keys x 16 queries: accumulators n and n + 1. */
+    __device__ __forceinline__ void add_staged_bias(float (&c0)[4], float (&c1)[4], int k, int n, uint32_t bias_tile)
+    {
+        uint32_t x[4];
+        const uint32_t at = step<BLOCK_N>(bias_tile + lane_a_trans<BLOCK_N>(lane), key_warp * KT + k);
+        ldmatrix_trans(x, at + (q_warp * QUERIES + n * 8) * BLOCK_N * 2);
+        add_piece<T>(c0, c1, x, a.bias_scale);
+    }
+    __device__ __forceinline__ void add_bias(float (&c0)[4], float (&c1)[4], int k, int n, int head, int i0)
+    {
+        #pragma unroll
+        for (int x = 0; x < 4; x++) {
+            bias_walk bias = bias_from(a, seq, b, head, query(i0, n + x / 2, x), key(k, 0));
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float &score = (x / 2 ? c1 : c0)[2 * half + x % 2];
+                score = fmaf(score, a.bias_scale, bias_next(bias, 8));
+            }
+        }
+    }
+
+    /* 0 where the mask hides the key: from P^T, and from P^T times the score's derivative. */
+    __device__ __forceinline__ void hide(float (&s)[KT][NT][4], uint32_t (&left)[NT / 2][KT][4], int head, int i0)
+    {
+        const int plane = mask_plane(a.mask, b, head);
+        #pragma unroll
+        for (int n = 0; n < NT; n++)
+            #pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const int i = min(query(i0, n, c), seq.sq - 1), j = j0 + key_warp * KEYS;
+                uint32_t word = 0;
+                #pragma unroll
+                for (int k = 0; k < KT; k++) {
+                    if (k % 2 == 0) word = mask_word(a.mask, plane, i, j + k * 16) >> (j % 32 + (lane >> 2));   /* KT > 1: j % 32 = 0 */
+                    #pragma unroll
+                    for (int half = 0; half < 2; half++)
+                        if (!(word >> (k % 2 * 16 + half * 8) & 1)) {
+                            s[k][n][2 * half + c] = 0.0f;
+                            left[n / 2][k][n % 2 * 2 + half] &= c ? 0x0000ffff : 0xffff0000;
+                        }
+                }
+            }
+    }
+
     /* S^T becomes P^T: packed for dV in `left`, and times the score's derivative in s for dS. */
     template <bool MASKED> __device__ __forceinline__ void probabilities(float (&s)[KT][NT][4], uint32_t (&left)[NT / 2][KT][4],
-                                                                        int head, int i0, uint32_t lse2_row)
+                                                                        int head, int i0, uint32_t lse2_row, uint32_t bias_tile)
     {
         const bool mods = has_score_mod<VARIANT>(a);
         const float slope = mods ? alibi_slope(a, b, head) : 0.0f;
@@ -187,27 +256,48 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
             for (int x = 0; x < 2 * KT; x++) first[x / 2][x % 2] = j + x * 8 < seq.sk ? first_query(a, seq, j + x * 8) - i : BLOCK_M;
             last = a.window_left < 0 ? BLOCK_M : j + a.window_left - seq.sk + seq.sq + 1 - i;
         }
+        constexpr int WIDE = VARIANT == FA_PLAIN ? 1 : 2;               /* accumulators at a time: a bias comes by 16 x 16 */
         #pragma unroll
-        for (int n = 0; n < NT; n++) {
-            const float2 lse2 = load_shared_8(lse2_row + n * 32 + (lane & 3) * 8);
+        for (int n = 0; n < NT; n += WIDE) {
+            float2 lse2[WIDE];
             #pragma unroll
-            for (int k = 0; k < KT; k++)
+            for (int x = 0; x < WIDE; x++) lse2[x] = load_shared_8(lse2_row + (n + x) * 32 + (lane & 3) * 8);
+            #pragma unroll
+            for (int k = 0; k < KT; k++) {
+                float derivative[4 * WIDE];
+                if (mods) {
+                    #pragma unroll
+                    for (int x = 0; x < 4 * WIDE; x++) {
+                        float &score = s[k][n + x / 4][x % 4];
+                        const int column = (n + x / 4) * 8 + x % 2, row = k * 16 + x % 4 / 2 * 8;
+                        score = modify_score(a, score, slope, i + column + seq.sk - seq.sq - j - row, derivative[x]);
+                    }
+                }
+                if constexpr (VARIANT != FA_PLAIN) {
+                    if (a.bias_staged) add_staged_bias(s[k][n], s[k][n + 1], k, n, bias_tile);
+                    else if (MASKED && a.p.bias.ptr) add_bias(s[k][n], s[k][n + 1], k, n, head, i0);
+                }
                 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    float p[2];
+                for (int r = 0; r < 2 * WIDE; r++) {
+                    const int half = r % 2, row = k * 16 + half * 8;
+                    float (&pair)[4] = s[k][n + r / 2];
                     #pragma unroll
                     for (int c = 0; c < 2; c++) {
-                        const int column = n * 8 + c, row = k * 16 + half * 8;
-                        float &x = s[k][n][2 * half + c], derivative = 1.0f;
-                        if (mods) x = modify_score(a, x, slope, i + column + seq.sk - seq.sq - j - row, derivative);
-                        x = exp2_approx(fmaf(x, a.exponent_scale, c ? -lse2.y : -lse2.x));
+                        const int column = (n + r / 2) * 8 + c;
+                        float &x = pair[2 * half + c];
+                        x = fmaf(x, VARIANT == FA_PLAIN ? a.exponent_scale : a.lse_scale, c ? -lse2[r / 2].y : -lse2[r / 2].x);
+                        x = exp2_approx(VARIANT == FA_PLAIN ? x : x * a.lse_exponent);
                         if (MASKED && (column < first[k][half] || column - row >= last)) x = 0.0f;
-                        p[c] = x;
-                        if (mods) x *= derivative;
                     }
-                    left[n / 2][k][n % 2 * 2 + half] = pack<T>(p[0], p[1]);
+                    left[(n + r / 2) / 2][k][(n + r / 2) % 2 * 2 + half] = pack<T>(pair[2 * half], pair[2 * half + 1]);
                 }
+                if (mods) {
+                    #pragma unroll
+                    for (int x = 0; x < 4 * WIDE; x++) s[k][n + x / 4][x % 4] *= derivative[x];
+                }
+            }
         }
+        if (MASKED && has_mask<VARIANT>(a)) hide(s, left, head, i0);
     }
 
     /* Flags of what dropout drops, per 16x16 piece, two pieces at a time. */
@@ -220,7 +310,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
             uint32_t bytes[2][2], piece_i[2], piece_j[2];
             #pragma unroll
             for (int x = 0; x < 2; x++) piece_i[x] = i0 / 16u + (at + x) / KT, piece_j[x] = (j0 + key_warp * KEYS) / 16u + (at + x) % KT;
-            dropout_bytes(bytes, a.p.rng[0], a.p.rng[1], batch_head, piece_i, piece_j, lane, true);
+            dropout_bytes(bytes, __ldg((const unsigned long long *)a.p.rng + opaque(0)), __ldg((const unsigned long long *)a.p.rng + opaque(1)), batch_head, piece_i, piece_j, lane, true);
             #pragma unroll
             for (int x = 0; x < 4 && at + x / 2 < PIECES; x++)
                 flags[(at + x / 2) % KT][(at + x / 2) / KT][x % 2] = dropped_flags(bytes[x / 2][x % 2], a.keep256);
@@ -285,8 +375,10 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     }
     __device__ __forceinline__ void wait_for_turn(int head, int m) const
     {
+        const int first = first_key(a, seq, m * BLOCK_M) / BLOCK_N;
+        int before = j0 / BLOCK_N - first;
+        if (has_mask<VARIANT>(a)) before = visible_tiles(a.mask, mask_plane(a.mask, b, head), first, j0 / BLOCK_N, m);
         if (threadIdx.x == 0) {
-            const int before = (j0 - first_key(a, seq, m * BLOCK_M) / BLOCK_N * BLOCK_N) / BLOCK_N;
             while (*(volatile int *)turn_of(head, m) < before) __nanosleep(64);
             __threadfence();
         }
@@ -328,14 +420,14 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     }
 
     /* P, dS, and what follows from them without other warps. i0: this warp's first query. */
-    template <bool MASKED> __device__ __forceinline__ void gradients(int head, int i0, uint32_t stage)
+    template <bool MASKED> __device__ __forceinline__ void gradients(int head, int i0, uint32_t q_tile, uint32_t bias_tile)
     {
-        const uint32_t q_tile = stage, dout_tile = stage + Q_BYTES, lse2_row = dout_tile + Q_BYTES + q_warp * QUERIES * 4;
+        const uint32_t dout_tile = q_tile + Q_BYTES, lse2_row = dout_tile + Q_BYTES + q_warp * QUERIES * 4;
         float s[KT][NT][4], dp[KT][NT][4];
         uint32_t flags[KT][NT / 2][2], left[NT / 2][KT][4];
         product(s, k_tile, q_tile);
         product(dp, v_tile, dout_tile);
-        probabilities<MASKED>(s, left, head, i0, lse2_row);
+        probabilities<MASKED>(s, left, head, i0, lse2_row, bias_tile);
         if (VARIANT == FA_DROPOUT) dropout_flags(flags, head, i0);
         if (VARIANT == FA_DROPOUT) drop(left, flags);
         if (Q_WARPS > 1) share(p_tile, left);
@@ -356,24 +448,24 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     {
         load_keys(k_tile, keys(a.p.k, (int)a.p.d, a.aligned_k), a.whole_k);
         load_keys(v_tile, keys(a.p.v, (int)a.p.d_v, a.aligned_v), a.whole_v);
-        position at = { kv_head * a.group + (m_first < m_last ? 0 : a.group), m_last - 1 }, ahead = at;
-        load_stage(ahead, stages);
+        position at = start(), ahead = at;
+        load_stage(ahead, stages, bias_tiles);
         for (int stage = 0; !done(at); at = ahead, stage ^= STAGES - 1) {
             const int i0 = at.m * BLOCK_M, i_end = min(i0 + BLOCK_M, seq.sq) - 1;
             const uint32_t here = stages + stage * STAGE_BYTES;
             cp_async_wait<0>();
             __syncthreads();                        /* the tile is here for all, and all are done with the one before */
             ahead = next(at);
-            if (STAGES > 1) load_stage(ahead, stages + (stage ^ 1) * STAGE_BYTES);
-            const bool whole = first_key(a, seq, i_end) <= j0 && last_key(a, seq, i0) >= j0 + BLOCK_N;
-            if (whole) gradients<false>(at.head, i0 + q_warp * QUERIES, here);
-            else gradients<true>(at.head, i0 + q_warp * QUERIES, here);
+            if (STAGES > 1) load_stage(ahead, stages + (stage ^ 1) * STAGE_BYTES, bias_tiles + (stage ^ 1) * BIAS_TILE_BYTES);
+            const bool whole = first_key(a, seq, i_end) <= j0 && last_key(a, seq, i0) >= j0 + BLOCK_N && needs_no_mask(at);
+            if (whole) gradients<false>(at.head, i0 + q_warp * QUERIES, here, bias_tiles + stage * BIAS_TILE_BYTES);
+            else gradients<true>(at.head, i0 + q_warp * QUERIES, here, bias_tiles + stage * BIAS_TILE_BYTES);
             __syncthreads();                        /* P and dS are here for all */
             accumulate_others(dv, p_tile, here + Q_BYTES);
             accumulate_others(dk, ds_tile, here);
             if (STAGES == 1) {
                 if (Q_WARPS > 1) __syncthreads();   /* all are done with Q and dO */
-                load_stage(ahead, stages);
+                load_stage(ahead, stages, bias_tiles);
             }
             if (a.p.deterministic) wait_for_turn(at.head, at.m);
             add_dq(at.head, at.m);
@@ -409,8 +501,8 @@ __global__ void __launch_bounds__(32 * Tile::WARPS, Tile::BLOCKS) backward_kerne
 {
     extern __shared__ __align__(128) uint8_t shared[];
     using kernel = backward<T, D, VARIANT, Tile>;
-    const int n = blockIdx.x % a.n_tiles, batch_head = blockIdx.x / a.n_tiles;
-    kernel block(a, batch_head / (int)a.p.hk, batch_head % (int)a.p.hk, n, shared_address(shared));
+    const block_place place = place_of_block<VARIANT>(a, (int)a.p.hk, a.n_tiles);
+    kernel block(a, place.b, place.head, place.tile, shared_address(shared));
     if (block.j0 >= block.seq.k_rows) return;
     const int j_end = min(block.j0 + kernel::BLOCK_N, block.seq.sk) - 1;
     const bool used = block.j0 < block.seq.sk;

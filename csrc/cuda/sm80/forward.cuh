@@ -13,6 +13,8 @@
 #ifndef FA_SM80_FORWARD_CUH
 #define FA_SM80_FORWARD_CUH
 
+#include "../bias.cuh"
+#include "../mask.cuh"
 #include "../score.cuh"
 #include "../tile.cuh"
 #include "config.h"
@@ -24,15 +26,15 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         NT = BLOCK_N / 8, KT = BLOCK_N / 16, DT = D / 8,    /* keys by 8 and by 16, channels by 8 */
         AHEAD = MT == 1 ? 3 : 1,                            /* operands of S load so many products ahead */
         ROW_BYTES = 2 * D, KV_BYTES = BLOCK_N * ROW_BYTES, Q_BYTES = BLOCK_M * ROW_BYTES,
-        SHARED_BYTES = Q_BYTES + 2 * STAGES * KV_BYTES,
+        SHARED_BYTES = Q_BYTES + 2 * STAGES * KV_BYTES, BIAS_TILE_BYTES = BLOCK_M * BLOCK_N * 2, BIAS_BYTES = STAGES * BIAS_TILE_BYTES,
     };
     static constexpr float LARGEST_SHIFT = 4096.0f;         /* rounded to 2^-13: fp16 has 11 bits */
-    static_assert(BLOCK_M % (16 * WARPS) == 0 && BLOCK_N % 16 == 0 && D % 32 == 0, "whole fragments");
+    static_assert(BLOCK_M % (16 * WARPS) == 0 && BLOCK_N % 32 == 0 && D % 32 == 0, "whole fragments");
 
     const fa_cuda_args &a;
     const int lane, warp, b, head, kv_head, i0;             /* i0: first query of the block */
     const sequence seq;
-    const uint32_t q_tile, k_tiles, v_tiles;
+    const uint32_t q_tile, k_tiles, v_tiles, bias_tiles;
     int n_first, n_last;                                    /* tiles [first, last) */
     const uint16_t *k_at, *v_at;                            /* this thread's start in the next tile to load */
 
@@ -42,7 +44,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
 
     __device__ __forceinline__ forward(const fa_cuda_args &args, int batch, int h, int m, uint32_t shared)
         : a(args), lane(threadIdx.x & 31), warp(threadIdx.x >> 5), b(batch), head(h), kv_head(h / args.group), i0(m * BLOCK_M),
-          seq(sequence_of(args.p, batch)), q_tile(shared), k_tiles(shared + Q_BYTES), v_tiles(k_tiles + STAGES * KV_BYTES)
+          seq(sequence_of(args.p, batch)), q_tile(shared), k_tiles(shared + Q_BYTES), v_tiles(k_tiles + STAGES * KV_BYTES),
+          bias_tiles(shared + SHARED_BYTES)
     {
         if (VARIANT == FA_DROPOUT) seed = a.p.rng[0], offset = a.p.rng[1];
         #pragma unroll
@@ -65,21 +68,36 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
              + whole_rows::first(t.stride_s);
     }
     template <bool FIRST>                                   /* the one that may not */
-    __device__ __forceinline__ void load_keys(uint32_t tiles, int n, const uint16_t *&at, int64_t stride, int d, bool whole, bool aligned)
+    __device__ __forceinline__ void load_keys(uint32_t tile, int n, const uint16_t *&at, const fa_tensor &t, int d, bool whole, bool aligned)
     {
         if (n < n_first) return;
-        const uint32_t tile = tiles + (uint32_t)n % STAGES * KV_BYTES;
-        if (whole && (!FIRST || (n + 1) * BLOCK_N <= seq.sk)) whole_rows::template load<BLOCK_N>(tile, at, stride);
-        else load_tile<BLOCK_N, D, THREADS>(tile, { at - whole_rows::first(stride), stride, seq.sk - n * BLOCK_N, d, aligned });
-        at -= BLOCK_N * stride;
+        if (has_mask<VARIANT>(a)) at = place(t, n);         /* the tile before may have been passed over */
+        if (whole && (!FIRST || (n + 1) * BLOCK_N <= seq.sk)) whole_rows::template load<BLOCK_N>(tile, at, t.stride_s);
+        else load_tile<BLOCK_N, D, THREADS>(tile, { at - whole_rows::first(t.stride_s), t.stride_s, seq.sk - n * BLOCK_N, d, aligned });
+        at -= BLOCK_N * t.stride_s;
     }
-    template <bool FIRST> __device__ __forceinline__ void load_k(int n)
+    template <bool FIRST> __device__ __forceinline__ void load_k(int n, int stage)
     {
-        load_keys<FIRST>(k_tiles, n, k_at, a.p.k.stride_s, (int)a.p.d, a.whole_k, a.aligned_k);
+        load_keys<FIRST>(k_tiles + stage * KV_BYTES, n, k_at, a.p.k, (int)a.p.d, a.whole_k, a.aligned_k);
     }
-    template <bool FIRST> __device__ __forceinline__ void load_v(int n)
+    /* And the bias, which is wanted no sooner. */
+    template <bool FIRST> __device__ __forceinline__ void load_v(int n, int stage)
     {
-        load_keys<FIRST>(v_tiles, n, v_at, a.p.v.stride_s, (int)a.p.d_v, a.whole_v, a.aligned_v);
+        load_keys<FIRST>(v_tiles + stage * KV_BYTES, n, v_at, a.p.v, (int)a.p.d_v, a.whole_v, a.aligned_v);
+        if (VARIANT != FA_PLAIN && a.bias_staged && n >= n_first)
+            load_bias_tile<BLOCK_M, BLOCK_N, THREADS>(bias_tiles + stage * BIAS_TILE_BYTES, a, seq, b, head, i0, n * BLOCK_N);
+    }
+
+    /* The tile to work with after n: the one before it that the mask shows a key of. */
+    __device__ __forceinline__ int tile_after(int n) const
+    {
+        if (!has_mask<VARIANT>(a)) return n - 1;
+        return last_visible_tile(a.mask, mask_plane(a.mask, b, head), i0 / BLOCK_M, n_first, n);
+    }
+    __device__ __forceinline__ bool needs_no_mask(int n) const
+    {
+        if (has_bias<VARIANT>(a) && !a.bias_staged) return false;       /* biases that are not staged share the masks' copy of the loop */
+        return !has_mask<VARIANT>(a) || tile_is_whole(a.mask, mask_plane(a.mask, b, head), i0 / BLOCK_M, n);
     }
 
     /* S (ROWS, BLOCK_N) = Q K^T */
@@ -118,30 +136,80 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
 
     __device__ __forceinline__ int query(int m, int half) const { return i0 + warp * ROWS + m * 16 + half * 8 + (lane >> 2); }
 
-    /* Score mods, then -inf where row and column do not see each other. j0: key of column 0. */
-    template <bool MASKED> __device__ __forceinline__ void modify(float (&s)[MT][NT][4], int j0)
+    __device__ __forceinline__ void add_staged_bias(float (&s)[MT][NT][4], uint32_t bias_tile)
     {
-        const bool mods = has_score_mod<VARIANT>(a);
-        const float slope = mods ? alibi_slope(a, b, head) : 0.0f;
+        const uint32_t at = bias_tile + warp * ROWS * BLOCK_N * 2 + lane_a<BLOCK_N>(lane);
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int n = 0; n < NT; n += 2) {
+                uint32_t x[4];
+                ldmatrix(x, step<BLOCK_N>(at, n / 2) + m * 16 * BLOCK_N * 2);
+                add_piece<T>(s[m][n], s[m][n + 1], x, a.bias_scale);
+            }
+    }
+    __device__ __forceinline__ void add_bias(float (&s)[MT][NT][4], int j)
+    {
         #pragma unroll
         for (int m = 0; m < MT; m++)
             #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int i = query(m, half), diagonal = i + seq.sk - seq.sq, j = j0 + (lane & 3) * 2;
-                if (mods) {
-                    #pragma unroll
-                    for (int x = 0; x < 2 * NT; x++) {
-                        float unused;
-                        s[m][x / 2][2 * half + x % 2] = modify_score(a, s[m][x / 2][2 * half + x % 2], slope,
-                                                                     diagonal - (j + x / 2 * 8 + x % 2), unused);
-                    }
-                }
-                if (!MASKED) continue;
-                const int first = first_key(a, seq, i) - j, last = last_key(a, seq, i) - j;
+                bias_walk bias = bias_from(a, seq, b, head, query(m, half), j);
                 #pragma unroll
-                for (int x = 0; x < 2 * NT; x++)
-                    if (x / 2 * 8 + x % 2 < first || x / 2 * 8 + x % 2 >= last) s[m][x / 2][2 * half + x % 2] = -INFINITY;
+                for (int x = 0; x < 2 * NT; x++) {
+                    float &score = s[m][x / 2][2 * half + x % 2];
+                    score = fmaf(score, a.bias_scale, bias_next(bias, x % 2 ? 7 : 1));
+                }
             }
+    }
+
+    /* Score mods and bias, then -inf where row and column do not see each other. j0: key of column 0. */
+    template <bool MASKED> __device__ __forceinline__ void modify(float (&s)[MT][NT][4], int j0, uint32_t bias_tile, bool bounded)
+    {
+        const int j = j0 + (lane & 3) * 2;
+        if (has_score_mod<VARIANT>(a)) {
+            const float slope = alibi_slope(a, b, head);
+            #pragma unroll
+            for (int m = 0; m < MT; m++)
+                #pragma unroll
+                for (int x = 0; x < 4 * NT; x++) {
+                    const int distance = query(m, x % 4 / 2) + seq.sk - seq.sq - (j + x / 4 * 8 + x % 2);
+                    float unused;
+                    s[m][x / 4][x % 4] = modify_score(a, s[m][x / 4][x % 4], slope, distance, unused);
+                }
+        }
+        if (VARIANT != FA_PLAIN && a.bias_staged) add_staged_bias(s, bias_tile);
+        else if (MASKED && has_bias<VARIANT>(a)) add_bias(s, j);
+        if (!MASKED) return;
+        if (VARIANT == FA_PLAIN || bounded) {
+            #pragma unroll
+            for (int m = 0; m < MT; m++)
+                #pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int i = query(m, half), first = first_key(a, seq, i) - j, last = last_key(a, seq, i) - j;
+                    #pragma unroll
+                    for (int x = 0; x < 2 * NT; x++)
+                        if (x / 2 * 8 + x % 2 < first || x / 2 * 8 + x % 2 >= last) s[m][x / 2][2 * half + x % 2] = -INFINITY;
+                }
+        }
+        if (has_mask<VARIANT>(a)) hide(s, j0);
+    }
+
+    /* -inf where the mask hides the key. A word has the keys of four accumulators. */
+    __device__ __forceinline__ void hide(float (&s)[MT][NT][4], int j0)
+    {
+        const int plane = mask_plane(a.mask, b, head);
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++)
+                #pragma unroll
+                for (int n = 0; n < NT; n += 4) {
+                    const uint32_t word = mask_word(a.mask, plane, min(query(m, half), seq.sq - 1), j0 + n * 8) >> (lane & 3) * 2;
+                    #pragma unroll
+                    for (int x = 0; x < 8; x++)
+                        if (!(word >> (x / 2 * 8 + x % 2) & 1)) s[m][n + x / 2][2 * half + x % 2] = -INFINITY;
+                }
     }
 
     /* The maxima with this tile's scores; sums and O follow, only where some row of the warp has a new one. All rows go through each
@@ -259,14 +327,18 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         }
     }
 
-    template <bool MASKED> __device__ __forceinline__ void tile(int n)
+    /* Tile n, while the one after it loads, whose number comes back. Stages alternate; where no tile is passed over n says which it is.
+     * `bounded`: some row does not see all of it, whatever the mask says. */
+    template <bool MASKED> __device__ __forceinline__ int tile(int n, int turn, bool bounded)
     {
-        const uint32_t k_tile = k_tiles + (uint32_t)n % STAGES * KV_BYTES, v_tile = v_tiles + (uint32_t)n % STAGES * KV_BYTES;
+        const int stage = VARIANT == FA_PLAIN ? (uint32_t)n % STAGES : turn;
+        const uint32_t k_tile = k_tiles + stage * KV_BYTES, v_tile = v_tiles + stage * KV_BYTES;
+        const int after = tile_after(n), other = stage ^ (STAGES - 1);
         cp_async_wait<0>();
-        __syncthreads();                            /* tile n (one stage: K(n)) is here for all, and all are done with tile n + 1 */
-        if (STAGES > 1) load_k<false>(n - 1), load_v<false>(n - 1);
-        else if (n == n_last - 1) load_v<true>(n);
-        else load_v<false>(n);
+        __syncthreads();                            /* tile n (one stage: K(n)) is here for all, and all are done with the one before */
+        if (STAGES > 1) load_k<false>(after, other), load_v<false>(after, other);
+        else if (n == n_last - 1) load_v<true>(n, other);
+        else load_v<false>(n, other);
         cp_async_commit();
         float s[MT][NT][4], shift[MT][2];
         uint32_t dropped[MT][KT][2];
@@ -275,10 +347,10 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         if (STAGES == 1) {
             cp_async_wait<0>();
             __syncthreads();                        /* V(n) is here for all, and all are done with K(n) */
-            load_k<false>(n - 1);
+            load_k<false>(after, other);
             cp_async_commit();
         }
-        if (MASKED || has_score_mod<VARIANT>(a)) modify<MASKED>(s, n * BLOCK_N);
+        if (MASKED || VARIANT != FA_PLAIN) modify<MASKED>(s, n * BLOCK_N, bias_tiles + stage * BIAS_TILE_BYTES, bounded);
         maxima(s, shift);
         exponents(s, shift, 0);
         #pragma unroll
@@ -286,24 +358,25 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             if (k + 1 < KT) exponents(s, shift, k + 1);
             accumulate(s, dropped, v_tile, k);
         }
+        return after;
     }
 
-    /* Tiles from `n_last - 1` down to `n_first`; those in [whole_first, whole_last) every row of the block sees whole. */
+    /* Tiles from `n_last - 1` down to `n_first`; those in [whole_first, whole_last) every row of the block sees whole but for the mask. */
     __device__ __forceinline__ void run()
     {
-        if (n_first >= n_last) return;              /* no key is visible; Q must not arrive where O will lie */
         const int i_end = min(i0 + BLOCK_M, seq.sq) - 1;
         const int whole_first = (first_key(a, seq, i_end) + BLOCK_N - 1) / BLOCK_N, whole_last = max(last_key(a, seq, i0), 0) / BLOCK_N;
+        int n = tile_after(n_last), stage = (uint32_t)n % STAGES;
+        if (n < n_first) return;                    /* no key is visible; Q must not arrive where O will lie */
         load_queries();
         k_at = place(a.p.k, n_last - 1);
         v_at = place(a.p.v, n_last - 1);
-        load_k<true>(n_last - 1);
-        if (STAGES > 1) load_v<true>(n_last - 1);
+        load_k<true>(n, stage);
+        if (STAGES > 1) load_v<true>(n, stage);
         cp_async_commit();
-        int n = n_last - 1;
         while (n >= n_first) {
-            for (; n >= n_first && (n >= whole_last || n < whole_first); n--) tile<true>(n);
-            for (; n >= n_first && n >= whole_first; n--) tile<false>(n);
+            for (; n >= n_first && (n >= whole_last || n < whole_first || !needs_no_mask(n)); stage ^= STAGES - 1) n = tile<true>(n, stage, n >= whole_last || n < whole_first);
+            for (; n >= n_first && n >= whole_first && needs_no_mask(n); stage ^= STAGES - 1) n = tile<false>(n, stage, false);
         }
         cp_async_wait<0>();
     }
@@ -324,7 +397,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         const float factor = empty ? 0.0f : (VARIANT == FA_DROPOUT ? a.kept : 1.0f) / sum;
         #pragma unroll
         for (int j = 0; j < DT; j++) o[m][j][2 * half] *= factor, o[m][j][2 * half + 1] *= factor;
-        return empty ? -INFINITY : 0.69314718f * (row_max[m][half] * a.exponent_scale + log2_approx(sum));
+        return empty ? -INFINITY : row_max[m][half] * (0.69314718f * a.exponent_scale) + 0.69314718f * log2_approx(sum);
     }
 
     __device__ __forceinline__ void store()
@@ -378,8 +451,8 @@ __global__ void __launch_bounds__(32 * Tile::WARPS, Tile::BLOCKS) forward_kernel
 {
     extern __shared__ __align__(128) uint8_t shared[];
     using kernel = forward<T, D, VARIANT, Tile>;
-    const int m = a.m_tiles - 1 - blockIdx.x % a.m_tiles, batch_head = blockIdx.x / a.m_tiles;
-    kernel block(a, batch_head / (int)a.p.h, batch_head % (int)a.p.h, m, shared_address(shared));
+    const block_place place = place_of_block<VARIANT>(a, (int)a.p.h, a.m_tiles);
+    kernel block(a, place.b, place.head, a.m_tiles - 1 - place.tile, shared_address(shared));
     if (block.i0 >= block.seq.sq) return;
     const int i_end = min(block.i0 + kernel::BLOCK_M, block.seq.sq) - 1;
     const int first = first_key(a, block.seq, block.i0) / kernel::BLOCK_N;

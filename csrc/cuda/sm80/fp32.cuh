@@ -20,6 +20,8 @@
 #ifndef FA_SM80_FP32_CUH
 #define FA_SM80_FP32_CUH
 
+#include "../bias.cuh"
+#include "../mask.cuh"
 #include "../score.cuh"
 #include "config.h"
 #include "instance.cuh"
@@ -206,7 +208,7 @@ FA_DEVICE void store_chunk(float *row, int column, int d, bool aligned, float4 x
 /* ---------------------------------------------------------------------------------------------------- instances */
 
 /* FA_SM80_FP32_INSTANCES(forward, 64) defines fa_sm80_fp32_forward_64(dtype, variant, small), by which launch.c finds kernels.
- * One tile serves every device; the kernel that does dropout does score mods too. */
+ * One tile serves every device; the kernel that does dropout does score mods, biases and masks too. */
 #define FA_SM80_FP32_KERNEL(pass, D, VARIANT) \
     kernel_facts<fp32_##pass##_tile<D>, fp32_##pass<D, VARIANT>>::with((const void *)fp32_##pass##_kernel<D, VARIANT>)
 

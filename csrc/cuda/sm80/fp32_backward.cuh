@@ -24,7 +24,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
         NT = BLOCK_M / 8, DT = CHANNELS / 8, STEPS = NT > 2 ? 1 : 2,        /* of S's and dP's products at once */
         DQ_WM = BLOCK_M / 16, DQ_CHANNELS = D / (WARPS / DQ_WM),            /* a warp's dQ: 16 queries, these channels */
         ROW_BYTES = 4 * D, KV_BYTES = BLOCK_N * ROW_BYTES, Q_BYTES = BLOCK_M * ROW_BYTES, DS_ROW_BYTES = 4 * BLOCK_N,
-        SHARED_BYTES = 2 * KV_BYTES + 2 * Q_BYTES + 2 * 4 * BLOCK_M,
+        SHARED_BYTES = 2 * KV_BYTES + 2 * Q_BYTES + 2 * 4 * BLOCK_M, BIAS_BYTES = 0,
     };
     static_assert(WARPS % KEY_WARPS == 0 && WARPS % DQ_WM == 0 && CHANNELS % 32 == 0 && DQ_CHANNELS % 32 == 0, "whole fragments");
     static_assert(BLOCK_N <= D && BLOCK_N % 32 == 0, "dS fits dO's place, its swizzle fits its rows");
@@ -53,7 +53,22 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
     __device__ __forceinline__ bool done(const position &at) const { return at.head >= (kv_head + 1) * a.group; }
     __device__ __forceinline__ position next(position at) const
     {
-        return at.m > m_first ? position{ at.head, at.m - 1 } : position{ at.head + 1, m_last - 1 };
+        if (!has_mask<VARIANT>(a)) return at.m > m_first ? position{ at.head, at.m - 1 } : position{ at.head + 1, m_last - 1 };
+        for (; !done(at); at = { at.head + 1, m_last }) {          /* past tiles that the mask shows nothing of */
+            at.m = last_visible_tile(a.mask, mask_plane(a.mask, b, at.head), j0 / BLOCK_N, m_first, at.m);
+            if (at.m >= m_first) break;
+        }
+        return at;
+    }
+    __device__ __forceinline__ position start() const
+    {
+        if (m_first >= m_last) return { (kv_head + 1) * a.group, 0 };
+        const position at = { kv_head * a.group, m_last };
+        return has_mask<VARIANT>(a) ? next(at) : position{ at.head, m_last - 1 };
+    }
+    __device__ __forceinline__ bool needs_no_mask(const position &at) const
+    {
+        return !has_mask<VARIANT>(a) || tile_is_whole(a.mask, mask_plane(a.mask, b, at.head), j0 / BLOCK_N, at.m);
     }
 
     __device__ __forceinline__ void load_keys(uint32_t tile, const fa_tensor &t, int d, bool aligned)
@@ -153,8 +168,13 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
                     const int half = e / 2, i = i0 + column + e % 2;
                     float x = s[n][e], y = dp[n][e], derivative = 1.0f;
                     if (mods) x = modify_score<true>(a, x, slope, i + seq.sk - seq.sq - j - half * 8, derivative);
-                    x = exp2_approx(fmaf(x, a.exponent_scale, e % 2 ? -lse2.y : -lse2.x));
+                    if (has_bias<VARIANT>(a)) {
+                        bias_walk bias = bias_from(a, seq, b, head, i, j + half * 8);
+                        x = fmaf(x, a.bias_scale, bias_next(bias, 0));
+                    }
+                    x = exp2_approx(fmaf(x, a.lse_scale, e % 2 ? -lse2.y : -lse2.x) * a.lse_exponent);
                     if (MASKED && (i < first[half] || i >= last[half])) x = 0.0f;
+                    if (MASKED && has_mask<VARIANT>(a) && !shows(head, i, j + half * 8)) x = 0.0f;
                     const bool keeps = dropout_keeps(bytes[n / 2 - at], half, n % 2, e % 2, a.keep256, true);
                     if (VARIANT == FA_DROPOUT) y = keeps ? y * a.kept : 0.0f;
                     s[n][e] = VARIANT == FA_DROPOUT && !keeps ? 0.0f : x;
@@ -162,6 +182,11 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
                 }
             }
         }
+    }
+
+    __device__ __forceinline__ bool shows(int head, int i, int j) const
+    {
+        return mask_word(a.mask, mask_plane(a.mask, b, head), min(i, seq.sq - 1), j) >> j % 32 & 1;
     }
 
     /* dS (BLOCK_M, BLOCK_N): eights of a row's keys change places; writes of rows 2t and reads of rows g then use every bank. */
@@ -229,8 +254,10 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
     }
     __device__ __forceinline__ void wait_for_turn(const position &at) const
     {
+        const int first = first_key(a, seq, at.m * BLOCK_M) / BLOCK_N;
+        int before = j0 / BLOCK_N - first;
+        if (has_mask<VARIANT>(a)) before = visible_tiles(a.mask, mask_plane(a.mask, b, at.head), first, j0 / BLOCK_N, at.m);
         if (threadIdx.x == 0) {
-            const int before = j0 / BLOCK_N - first_key(a, seq, at.m * BLOCK_M) / BLOCK_N;
             while (*(volatile int *)turn_of(at) < before) __nanosleep(64);
             __threadfence();
         }
@@ -254,7 +281,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
         cp_async_wait<0>();
         __syncthreads();                            /* dO is here for all */
         product<false>(dp, v_tile, dout_tile, (int)a.p.d_v);
-        const bool whole = first_key(a, seq, i_end) <= j0 && last_key(a, seq, i0) >= j0 + BLOCK_N;
+        const bool whole = first_key(a, seq, i_end) <= j0 && last_key(a, seq, i0) >= j0 + BLOCK_N && needs_no_mask(at);
         if (whole) differentiate<false>(s[0], dp[0], at.head, i0);
         else differentiate<true>(s[0], dp[0], at.head, i0);
         accumulate(dv, s[0], dout_tile, (int)a.p.d_v);
@@ -272,7 +299,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_backward {
 
     __device__ __forceinline__ void run()
     {
-        position at = { kv_head * a.group + (m_first < m_last ? 0 : a.group), m_last - 1 };
+        position at = start();
         load_keys(k_tile, a.p.k, (int)a.p.d, a.aligned_k);
         load_keys(v_tile, a.p.v, (int)a.p.d_v, a.aligned_v);
         load_q(at);
@@ -310,8 +337,8 @@ fp32_backward_kernel(const __grid_constant__ fa_cuda_args a)
 {
     extern __shared__ __align__(128) uint8_t shared[];
     using kernel = fp32_backward<D, VARIANT>;
-    const int n = blockIdx.x % a.n_tiles, batch_head = blockIdx.x / a.n_tiles;
-    kernel block(a, batch_head / (int)a.p.hk, batch_head % (int)a.p.hk, n, shared_address(shared));
+    const block_place place = place_of_block<VARIANT>(a, (int)a.p.hk, a.n_tiles);
+    kernel block(a, place.b, place.head, place.tile, shared_address(shared));
     if (block.j0 >= block.seq.k_rows) return;
     const int j_end = min(block.j0 + kernel::BLOCK_N, block.seq.sk) - 1;
     const bool used = block.j0 < block.seq.sk;

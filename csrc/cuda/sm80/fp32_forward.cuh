@@ -21,7 +21,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
         ROWS = BLOCK_M / WARPS, MT = ROWS / 16,             /* rows of a warp; 16-row pieces of them */
         NT = BLOCK_N / 8, DT = D / 8, STEPS = MT * NT > 2 ? 1 : 2,      /* of S's product at once */
         ROW_BYTES = 4 * D, KV_BYTES = BLOCK_N * ROW_BYTES, Q_BYTES = BLOCK_M * ROW_BYTES,
-        SHARED_BYTES = Q_BYTES + 2 * KV_BYTES,
+        SHARED_BYTES = Q_BYTES + 2 * KV_BYTES, BIAS_BYTES = 0,
     };
     static_assert(BLOCK_M % (16 * WARPS) == 0 && BLOCK_N % 16 == 0 && D % 64 == 0, "whole fragments");
     static_assert(SHARED_BYTES <= 99 << 10, "fits every device");
@@ -66,22 +66,23 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
         return (const float *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + n * BLOCK_N) * t.stride_s + kv_head * t.stride_h
              + whole_rows::first(t.stride_s);
     }
-    __device__ __forceinline__ void load_keys(uint32_t tile, int n, const float *&at, int64_t stride, int d, bool whole, bool aligned)
+    __device__ __forceinline__ void load_keys(uint32_t tile, int n, const float *&at, const fa_tensor &t, int d, bool whole, bool aligned)
     {
         if (n >= n_first) {
-            if (whole && n < n_last - 1) whole_rows::template load<BLOCK_N>(tile, at, stride);
-            else load_fp32_tile<BLOCK_N, D, THREADS>(tile, { at - whole_rows::first(stride), stride, seq.sk - n * BLOCK_N, d, aligned });
-            at -= BLOCK_N * stride;
+            if (has_mask<VARIANT>(a)) at = place(t, n);     /* the tile before may have been passed over */
+            if (whole && n < n_last - 1) whole_rows::template load<BLOCK_N>(tile, at, t.stride_s);
+            else load_fp32_tile<BLOCK_N, D, THREADS>(tile, { at - whole_rows::first(t.stride_s), t.stride_s, seq.sk - n * BLOCK_N, d, aligned });
+            at -= BLOCK_N * t.stride_s;
         }
         cp_async_commit();
     }
     __device__ __forceinline__ void load_k(int n)
     {
-        load_keys(k_tile, n, k_at, a.p.k.stride_s, (int)a.p.d, a.whole_k, a.aligned_k);
+        load_keys(k_tile, n, k_at, a.p.k, (int)a.p.d, a.whole_k, a.aligned_k);
     }
     __device__ __forceinline__ void load_v(int n)
     {
-        load_keys(v_tile, n, v_at, a.p.v.stride_s, (int)a.p.d_v, a.whole_v, a.aligned_v);
+        load_keys(v_tile, n, v_at, a.p.v, (int)a.p.d_v, a.whole_v, a.aligned_v);
     }
 
     /* S (ROWS, BLOCK_N) = Q K^T */
@@ -109,6 +110,17 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
         }
     }
 
+    /* The tile to work with after n: the one before it that the mask shows a key of. */
+    __device__ __forceinline__ int tile_after(int n) const
+    {
+        if (!has_mask<VARIANT>(a)) return n - 1;
+        return last_visible_tile(a.mask, mask_plane(a.mask, b, head), i0 / BLOCK_M, n_first, n);
+    }
+    __device__ __forceinline__ bool needs_no_mask(int n) const
+    {
+        return !has_mask<VARIANT>(a) || tile_is_whole(a.mask, mask_plane(a.mask, b, head), i0 / BLOCK_M, n);
+    }
+
     __device__ __forceinline__ int query(int m, int half) const { return i0 + warp * ROWS + m * 16 + half * 8 + (lane >> 2); }
 
     /* Score mods, then -inf where row and column do not see each other. j0: key of column 0. */
@@ -116,22 +128,52 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
     {
         const bool mods = has_score_mod<VARIANT>(a);
         const float slope = mods ? alibi_slope(a, b, head) : 0.0f;
+        const int j = j0 + (lane & 3) * 2;
         #pragma unroll
         for (int m = 0; m < MT; m++)
             #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int i = query(m, half), diagonal = i + seq.sk - seq.sq;
-                const int first = MASKED ? first_key(a, seq, i) : 0, last = MASKED ? last_key(a, seq, i) : 0;
-                #pragma unroll
-                for (int n = 0; n < NT; n++)
+                const int i = query(m, half), diagonal = i + seq.sk - seq.sq - j;
+                if (mods) {
                     #pragma unroll
-                    for (int c = 0; c < 2; c++) {
-                        const int j = j0 + n * 8 + (lane & 3) * 2 + c;
-                        float &x = s[m][n][2 * half + c], unused;
-                        if (mods) x = modify_score<true>(a, x, slope, diagonal - j, unused);
-                        if (MASKED && (j < first || j >= last)) x = -INFINITY;
+                    for (int x = 0; x < 2 * NT; x++) {
+                        float &score = s[m][x / 2][2 * half + x % 2], unused;
+                        score = modify_score<true>(a, score, slope, diagonal - (x / 2 * 8 + x % 2), unused);
                     }
+                }
+                if (has_bias<VARIANT>(a)) {
+                    bias_walk bias = bias_from(a, seq, b, head, i, j);
+                    #pragma unroll
+                    for (int x = 0; x < 2 * NT; x++) {
+                        float &score = s[m][x / 2][2 * half + x % 2];
+                        score = fmaf(score, a.bias_scale, bias_next(bias, x % 2 ? 7 : 1));
+                    }
+                }
+                if (!MASKED) continue;
+                const int first = first_key(a, seq, i) - j, last = last_key(a, seq, i) - j;
+                #pragma unroll
+                for (int x = 0; x < 2 * NT; x++)
+                    if (x / 2 * 8 + x % 2 < first || x / 2 * 8 + x % 2 >= last) s[m][x / 2][2 * half + x % 2] = -INFINITY;
             }
+        if (MASKED && has_mask<VARIANT>(a)) hide(s, j0);
+    }
+
+    /* -inf where the mask hides the key. A word has the keys of up to four accumulators. */
+    __device__ __forceinline__ void hide(float (&s)[MT][NT][4], int j0)
+    {
+        const int plane = mask_plane(a.mask, b, head);
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
+            #pragma unroll
+            for (int half = 0; half < 2; half++)
+                #pragma unroll
+                for (int n = 0; n < NT; n += 4) {
+                    const int j = j0 + n * 8;
+                    const uint32_t word = mask_word(a.mask, plane, min(query(m, half), seq.sq - 1), j) >> (j % 32 + (lane & 3) * 2);
+                    #pragma unroll
+                    for (int x = 0; x < 8 && n + x / 2 < NT; x++)
+                        if (!(word >> (x / 2 * 8 + x % 2) & 1)) s[m][n + x / 2][2 * half + x % 2] = -INFINITY;
+                }
     }
 
     /* S becomes P; max, sum and O follow. O is rescaled only where some row of the warp has a new maximum. The maximum is taken
@@ -208,9 +250,11 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
         }
     }
 
-    template <bool MASKED> __device__ __forceinline__ void tile(int n)
+    /* The number of the tile after n comes back. */
+    template <bool MASKED> __device__ __forceinline__ int tile(int n)
     {
         float s[MT][NT][4];
+        const int after = tile_after(n);
         cp_async_wait<0>();
         __syncthreads();                            /* K(n) is here for all, and all are done with V(n + 1) */
         load_v(n);
@@ -218,11 +262,12 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
         if (warp_overflows(s)) scores<true>(s);
         cp_async_wait<0>();
         __syncthreads();                            /* V(n) is here for all, and all are done with K(n) */
-        load_k(n - 1);
-        if (MASKED || has_score_mod<VARIANT>(a)) modify<MASKED>(s, n * BLOCK_N);
+        load_k(after);
+        if (MASKED || VARIANT != FA_PLAIN) modify<MASKED>(s, n * BLOCK_N);
         softmax(s);
         if (VARIANT == FA_DROPOUT && a.keep256 < 256) drop(s, n * BLOCK_N);
         accumulate(s);
+        return after;
     }
 
     /* Tiles from `n_last - 1` down to `n_first`; those in [whole_first, whole_last) every row of the block sees whole. */
@@ -234,11 +279,11 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
         load_queries();
         k_at = place(a.p.k, n_last - 1);
         v_at = place(a.p.v, n_last - 1);
-        load_k(n_last - 1);
-        int n = n_last - 1;
+        int n = tile_after(n_last);
+        load_k(n);
         while (n >= n_first) {
-            for (; n >= n_first && (n >= whole_last || n < whole_first); n--) tile<true>(n);
-            for (; n >= n_first && n >= whole_first; n--) tile<false>(n);
+            while (n >= n_first && (n >= whole_last || n < whole_first || !needs_no_mask(n))) n = tile<true>(n);
+            while (n >= n_first && n >= whole_first && needs_no_mask(n)) n = tile<false>(n);
         }
         cp_async_wait<0>();
     }
@@ -309,8 +354,8 @@ fp32_forward_kernel(const __grid_constant__ fa_cuda_args a)
 {
     extern __shared__ __align__(128) uint8_t shared[];
     using kernel = fp32_forward<D, VARIANT>;
-    const int m = a.m_tiles - 1 - blockIdx.x % a.m_tiles, batch_head = blockIdx.x / a.m_tiles;
-    kernel block(a, batch_head / (int)a.p.h, batch_head % (int)a.p.h, m, shared_address(shared));
+    const block_place place = place_of_block<VARIANT>(a, (int)a.p.h, a.m_tiles);
+    kernel block(a, place.b, place.head, a.m_tiles - 1 - place.tile, shared_address(shared));
     if (block.i0 >= block.seq.sq) return;
     const int i_end = min(block.i0 + kernel::BLOCK_M, block.seq.sq) - 1;
     const int first = first_key(a, block.seq, block.i0) / kernel::BLOCK_N;

@@ -19,7 +19,7 @@ template <class A, class B> struct select_tile<false, A, B> { using type = B; };
 template <class Tile, class Block> struct kernel_facts {
     static constexpr fa_cuda_kernel with(const void *function)
     {
-        return { function, Block::THREADS, Block::SHARED_BYTES, Tile::BLOCK_M, Tile::BLOCK_N, Tile::BLOCKS };
+        return { function, Block::THREADS, Block::SHARED_BYTES, Tile::BLOCK_M, Tile::BLOCK_N, Tile::BLOCKS, Block::BIAS_BYTES };
     }
 };
 

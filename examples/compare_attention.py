@@ -1,12 +1,14 @@
-"""Shows that flash and standard attention train the same GPT-2: same seed, same batches, loss against loss.
+"""Shows that flash and standard attention train the same model: same seed, same batches, loss against loss.
 
-    compare_attention.py --data data/stdlib
+    compare_attention.py gpt2 --data data/stdlib
+    compare_attention.py bert --data data/stdlib-wordpiece
 
-Without dropout the two compute one function: the losses of a step may differ by rounding only. With dropout
-they drop different elements: the validation losses at the end, averaged over three seeds, have to agree
-within two standard errors. Writes benchmarks/results/gpt2-flash-vs-standard.json and .png; ends with exit
-code 1 if a bar is missed. Where the learning rate is so high that the loss jumps, rounding grows as large as
-the jumps, with any two implementations: --lr stays below that.
+Without dropout the two compute one function: the losses of a step may differ by rounding only, for BERT
+also where one of them computes on padding. With dropout they drop different elements: the validation
+losses at the end, averaged over three seeds, have to agree within two standard errors. Writes
+benchmarks/results/<model>-flash-vs-standard.json and .png; ends with exit code 1 if a bar is missed.
+Where the learning rate is so high that the loss jumps, rounding grows as large as the jumps, with any two
+implementations: --lr stays below that.
 """
 import argparse
 import json
@@ -17,11 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 import training
-from gpt2 import train
+from bert import train as bert
+from gpt2 import train as gpt2
 
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+MODELS = {"gpt2": gpt2, "bert": bert}
+DATA = {"gpt2": "data/stdlib", "bert": "data/stdlib-wordpiece"}
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 BARS = {"float32": 1e-3, "bfloat16": 1e-2}              # largest mean |difference| in nats per token
 ATTENTIONS = ("flash", "standard")
 
@@ -29,11 +34,11 @@ ATTENTIONS = ("flash", "standard")
 def train_once(arguments, out, attention, dtype="float32", dropout=0.0, seed=0):
     """(training loss of every step, validation loss at the end) of one run."""
     out = Path(out, f"{attention}-{dtype}-{dropout}-{seed}")
-    train.run(["--data", arguments.data, "--steps", str(arguments.steps), "--batch", str(arguments.batch),
-               "--context", str(arguments.context), "--lr", str(arguments.lr), "--eval-batches", "32",
-               "--eval-every", str(arguments.steps), "--save-every", str(arguments.steps),
-               "--attention", attention, "--dtype", dtype, "--dropout", str(dropout), "--seed", str(seed),
-               "--out", str(out)])
+    options = {"--data": arguments.data, "--steps": arguments.steps, "--batch": arguments.batch,
+               "--context": arguments.context, "--lr": arguments.lr, "--eval-batches": 32,
+               "--eval-every": arguments.steps, "--save-every": arguments.steps, "--attention": attention,
+               "--dtype": dtype, "--dropout": dropout, "--seed": seed, "--out": out}
+    MODELS[arguments.model].run([str(word) for option in options.items() for word in option])
     records = training.read_log(out / "log.jsonl")
     return [record["loss"] for record in records], records[-1]["val_loss"]
 
@@ -97,17 +102,19 @@ def plot(results, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data/stdlib")
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--data", help="default: " + " or ".join(DATA.values()))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     arguments = parser.parse_args()
+    arguments.data = arguments.data or DATA[arguments.model]
     with tempfile.TemporaryDirectory() as out:
         results = without_dropout(arguments, out) | {"dropout": with_dropout(arguments, out)}
     meta = json.loads(Path(arguments.data, "meta.json").read_text())
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / "gpt2-flash-vs-standard.json"
+    path = RESULTS / f"{arguments.model}-flash-vs-standard.json"
     path.write_text(json.dumps({"data": meta, "settings": vars(arguments)} | results, indent=1) + "\n")
     plot(results, path.with_suffix(".png"))
     report(results)

@@ -1,0 +1,92 @@
+/* cuda/sm90/backward.c: the backward pass on Hopper, from a call to its launches.
+ *
+ *     prepare | main kernel | convert | fill, if packed or seqused_k        (all but the main kernel are those of sm_80)
+ *
+ * The plan is a pure function of the call. */
+#include "../device.h"
+#include "backward_args.h"
+#include "kernels.h"
+
+enum { SECTION_BYTES = 16 << 20 };
+
+static const struct bucket { int channels; fa_sm90_find_backward *find; } buckets[] = {
+    { 64, fa_sm90_backward_64 }, { 96, fa_sm90_backward_96 }, { 128, fa_sm90_backward_128 }, { 192, fa_sm90_backward_192 },
+    { 256, fa_sm90_backward_256 },
+};
+
+static const struct bucket *bucket_of(const struct fa_params *p)
+{
+    const int64_t channels = p->d > p->d_v ? p->d : p->d_v;
+    const struct bucket *bucket = buckets;
+    while (bucket->channels < channels) bucket++;
+    return bucket;
+}
+
+struct plan {
+    const struct fa_cuda_kernel *kernel;
+    struct fa_sm90_backward_args args;
+    int64_t bytes;
+};
+
+const struct fa_cuda_kernel *fa_sm90_backward_kernel(const struct fa_params *p)
+{
+    const struct fa_cuda_args a = fa_cuda_arguments(p);
+    return bucket_of(p)->find(p->dtype, a.score_mod, a.keep256 < 256);
+}
+
+/* Heads whose key tiles run side by side. Where tiles differ in length as many as L2 holds of q, dout and dq_accum, so that the
+ * longest come first; else one after the other. */
+static int section_of(const struct fa_cuda_args *a)
+{
+    const int64_t heads = a->p.b * a->p.hk, row = 2 * (a->p.d + a->p.d_v) + 4 * a->d_bucket;
+    const int64_t section = SECTION_BYTES / (row * a->p.sq * a->group + 1);
+    if (a->window_left < 0 && a->window_right < 0) return 1;
+    return (int)(section < 1 ? 1 : section > heads ? heads : section);
+}
+
+static void make_plan(const struct fa_params *p, struct plan *plan)
+{
+    struct fa_cuda_args *a = &plan->args.a;
+    *a = fa_cuda_arguments(p);
+    a->d_bucket = bucket_of(p)->channels;
+    plan->kernel = fa_sm90_backward_kernel(p);
+    a->m_tiles = (int)((p->sq + plan->kernel->block_m - 1) / plan->kernel->block_m);
+    a->n_tiles = (int)((p->sk + plan->kernel->block_n - 1) / plan->kernel->block_n);
+    plan->bytes = 0;
+    fa_cuda_plan_backward(a, plan->kernel->block_m, &plan->bytes);
+    plan->args.section = section_of(a);
+}
+
+int64_t fa_sm90_backward_workspace(const struct fa_params *p)
+{
+    struct fa_params sizes = *p;
+    struct plan plan;
+    sizes.workspace = NULL;
+    make_plan(&sizes, &plan);
+    return plan.bytes;
+}
+
+static enum fa_status encode(struct fa_tensor_map *map, const struct fa_params *p, const struct fa_tensor *t, bool keys,
+                             int64_t d, int rows, struct fa_error *error)
+{
+    const bool packed = keys ? p->cu_k : p->cu_q;
+    const int64_t length = keys ? (packed ? p->total_k : p->sk) : packed ? p->total_q : p->sq;
+    return fa_tensor_map_encode(map, p->dtype, t, d, length, keys ? p->hk : p->h, packed ? 1 : p->b, rows, error);
+}
+
+enum fa_status fa_sm90_backward(const struct fa_params *p, struct fa_error *error)
+{
+    struct plan plan;
+    int previous;
+    enum fa_status status = fa_cuda_enter(p->device_index, &previous, error);
+    if (status) return status;
+    make_plan(p, &plan);
+    if (p->debug) status = fa_cuda_check_values(p, error);
+    if (!status) status = encode(&plan.args.q, p, &p->q, false, p->d, plan.kernel->block_m, error);
+    if (!status) status = encode(&plan.args.k, p, &p->k, true, p->d, plan.kernel->block_n, error);
+    if (!status) status = encode(&plan.args.v, p, &p->v, true, p->d_v, plan.kernel->block_n, error);
+    if (!status) status = encode(&plan.args.dout, p, &p->dout, false, p->d_v, plan.kernel->block_m, error);
+    if (!status) status = fa_cuda_run_backward(plan.kernel, &plan.args, &plan.args.a, error);
+    fa_cuda_leave(p->device_index, previous);
+    return status;
+}

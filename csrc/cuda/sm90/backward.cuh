@@ -1,0 +1,157 @@
+/* cuda/sm90/backward.cuh: the gradients on Hopper, with TMA and wgmma; a block owns the keys of its consumer warpgroups, 64 each.
+ *
+ *     S^T = K Q^T    P = exp2(c S - lse2)    dV += P^T dO    dP^T = V dO^T    dS = P (dP - delta)    dK += dS^T Q    dQ += dS K
+ *
+ * Roles. One thread of the producer warpgroup loads K and V once, then Q, lse2, dO and delta of one tile of BLOCK_M queries after
+ * the other, for each query head of the group, into two stages; a stage is free when every consumer warp has said so. A consumer
+ * warpgroup has 64 keys: P^T and dS^T come out of the products as the left operands of dV's and dK's, in registers, where dK and dV
+ * stay to the end, so grouped heads need no second sum. Only dS passes through shared memory, for dQ, which the warpgroups make in
+ * turns: it needs all keys' dS, and one warpgroup reads it once. dQ leaves through shared memory in the order of its fragments
+ * (dq_layout.cuh), a bulk fp32 sum a warp; where dq must be deterministic, a thread of the producer's waits for the turn and adds.
+ *
+ * Pipeline. dQ is one step behind, so that no warpgroup waits for the other's dS of the same step, and dK runs into the next one:
+ *
+ *     issue S(i), dP(i) | dK(i - 1) is done | P(i) behind dP(i) | issue dV(i) | dS(i) behind dV(i), to shared memory
+ *     | the one whose turn it is: issue dQ(i - 1), dK(i), dQ(i - 1) goes out behind dK(i)        | else: issue dK(i)
+ *
+ * Masks. Tiles that some key does not see whole set the scores of unseen pairs to -inf on their way to P. TMA fills rows outside
+ * the tensors with zeros; rows of other sequences, which may hold NaN, are zeroed in shared memory before a product reads them. */
+#ifndef FA_SM90_BACKWARD_CUH
+#define FA_SM90_BACKWARD_CUH
+
+#include "backward_roles.cuh"
+
+FA_SM90_BACKWARD_WALK::consume()
+{
+    const int group = __shfl_sync(0xffffffff, threadIdx.x / 128 - 1, 0), row16 = group * 64 + (threadIdx.x >> 5 & 3) * 16;
+    const int key = j0 + row16 + (threadIdx.x >> 2 & 7), total = steps();
+    const uint32_t own_k = shared + Shared::K + group * 64 * 128, own_v = shared + Shared::V + group * 64 * 128;
+    float dk[D / 2], dv[D / 2];
+    #pragma unroll
+    for (int e = 0; e < D / 2; e++) dk[e] = dv[e] = 0.0f;
+
+    if (total > 0) zero_keys();
+    uint32_t k_left[KV_STEPS][4], v_left[KV_STEPS][4];
+    if (Tile::KV_REGISTERS && total > 0) {
+        read_keys(k_left, shared + Shared::K, row16);
+        read_keys(v_left, shared + Shared::V, row16);
+    }
+    position before = start();
+    uint32_t ds_left[QT][4] = {};
+    #pragma unroll 1
+    for (position at = start(); at.step < total; advance_to_next(at)) {
+        const int stage = at.step % STAGES, parity = at.step / STAGES % 2, i0 = at.m * BLOCK_M;
+        const uint32_t q_tile = shared + Shared::Q + stage * Shared::Q_BYTES, do_tile = shared + Shared::DO + stage * Shared::Q_BYTES;
+        const bool masked = first_key(a, seq, min(i0 + BLOCK_M, seq.sq) - 1) > j0 || last_key(a, seq, i0) < j0 + BLOCK_N;
+        float s[BLOCK_M / 2] = {}, dp[BLOCK_M / 2] = {};
+        uint32_t p_left[QT][4], flags[QT][2];
+
+        zero_queries(i0, stage, parity);
+        mbarrier_wait(shared + Shared::Q_FULL + 8 * stage, parity);
+        wgmma_fence();
+        if constexpr (Tile::KV_REGISTERS) product(s, k_left, q_tile);
+        else product(s, own_k, q_tile);
+        mbarrier_wait(shared + Shared::DO_FULL + 8 * stage, parity);
+        wgmma_fence();
+        if constexpr (Tile::KV_REGISTERS) product(dp, v_left, do_tile);
+        else product(dp, own_v, do_tile);
+        if (DROPOUT) dropout_flags(flags, at, key);
+        if (DK_BEHIND) {                                /* the last step's dK */
+            wgmma_wait<2>();
+            wgmma_result(dk);
+            keep(ds_left);
+            if (at.step > 0) warp_arrive(Shared::Q_FREE + 8 * ((at.step - 1) % STAGES));
+        }
+        wgmma_wait<1>();
+        wgmma_result(s);
+        probabilities(s, p_left, flags, at, key, masked, shared + Shared::LSE2 + stage * BLOCK_M * 4);
+        wgmma_fence();
+        accumulate(dv, p_left, do_tile);
+        wgmma_wait<1>();
+        wgmma_result(dp);
+        score_gradients(ds_left, dp, s, shared + Shared::DELTA + stage * BLOCK_M * 4);
+        mbarrier_wait(shared + Shared::DS_FREE + 8 * (at.step % 2), at.step / 2 % 2 ^ 1);
+        store_ds(shared + Shared::DS + at.step % 2 * Shared::DS_BYTES, ds_left, row16);
+        fence_proxy_async();
+        warp_arrive(Shared::DS_FULL + 8 * (at.step % 2));
+        if (at.step > 0 && makes_dq(group, before.step)) {
+            float dq[D / 2] = {};
+            wgmma_wait<0>();
+            wgmma_result(dv);
+            keep(p_left);
+            warp_arrive(Shared::DO_FREE + 8 * stage);
+            mbarrier_wait(shared + Shared::DS_FULL + 8 * (before.step % 2), before.step / 2 % 2);
+            wgmma_fence();
+            query_product<D>(dq, ds_rows(group, before.step), 0);
+            accumulate(dk, ds_left, q_tile);
+            wgmma_wait<1>();
+            wgmma_result(dq);
+            warp_arrive(Shared::DS_FREE + 8 * (before.step % 2));
+            add_dq<D>(dq, before, group, ALTERNATE ? before.step / GROUPS : before.step, 0);
+        } else {
+            wgmma_fence();
+            accumulate(dk, ds_left, q_tile);
+            wgmma_wait<1>();
+            wgmma_result(dv);
+            warp_arrive(Shared::DO_FREE + 8 * stage);
+        }
+        if (!DK_BEHIND) {
+            wgmma_wait<0>();
+            wgmma_result(dk);
+            keep(ds_left);
+            warp_arrive(Shared::Q_FREE + 8 * stage);
+        }
+        before = at;
+    }
+    wgmma_wait<0>();
+    wgmma_result(dk);
+    keep(ds_left);
+    if (total > 0 && makes_dq(group, before.step)) {
+        float dq[D / 2] = {};
+        mbarrier_wait(shared + Shared::DS_FULL + 8 * (before.step % 2), before.step / 2 % 2);
+        wgmma_fence();
+        query_product<D>(dq, ds_rows(group, before.step), 0);
+        wgmma_wait<0>();
+        wgmma_result(dq);
+        add_dq<D>(dq, before, group, ALTERNATE ? before.step / GROUPS : before.step, 0);
+    }
+    barrier_sync(GROUP + group, 128);       /* all its warps are done with the rows of V that carry the results out */
+    store(dv, shared + Shared::V, row16, DROPOUT ? a.kept : 1.0f, a.p.dv, (int)a.p.d_v, a.aligned_dv);
+    store(dk, shared + Shared::V, row16, a.scale, a.p.dk, (int)a.p.d, a.aligned_dk);
+    if (Tile::BULK_DQ) bulk_wait_read<0>();
+}
+
+/* Sections of heads one after the other; in a section key tiles ascend, the longest first if causal, heads innermost. */
+template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile>
+__global__ void __launch_bounds__(128 * (Tile::GROUPS + 1), 1) sm90_backward_kernel(const __grid_constant__ fa_sm90_backward_args args)
+{
+    extern __shared__ __align__(1024) uint8_t dynamic[];
+    using kernel = sm90_backward<T, D, MODS, DROPOUT, Tile>;
+    const fa_cuda_args &a = args.a;
+    const uint32_t shared = shared_address(dynamic);
+    if (shared % 1024) __trap();                /* TMA's swizzle counts from here */
+    const int heads = (int)(a.p.b * a.p.hk), per_section = args.section * a.n_tiles;
+    const int first = blockIdx.x / per_section * args.section, in_section = min(args.section, heads - first);
+    const int rest = blockIdx.x % per_section, batch_head = first + rest % in_section;
+    kernel block(args, shared, batch_head / (int)a.p.hk, batch_head % (int)a.p.hk,
+                 a.p.deterministic ? a.n_tiles - 1 - rest / in_section : rest / in_section);
+    if (block.j0 >= block.seq.k_rows) return;
+    if (threadIdx.x == 0) kernel::init_barriers(shared);
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        fewer_registers<Tile::PRODUCER_REGISTERS>();
+        const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+        if (warp == 0) {
+            if (elect_one()) block.produce();
+        } else if constexpr (Tile::BULK_DQ) {
+            if (warp <= Tile::GROUPS && a.p.deterministic && elect_one()) block.add_in_turn(warp - 1);
+        }
+    } else {
+        more_registers<Tile::REGISTERS>();
+        if constexpr (Tile::ROLES == 1) block.consume();
+        else if (threadIdx.x < 256) block.consume_values();
+        else block.consume_keys();
+    }
+}
+
+#endif

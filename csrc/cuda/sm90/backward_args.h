@@ -1,0 +1,14 @@
+/* cuda/sm90/backward_args.h: what the backward kernels of sm_90 get. Plain C. */
+#ifndef FA_SM90_BACKWARD_ARGS_H
+#define FA_SM90_BACKWARD_ARGS_H
+
+#include "../args.h"
+#include "tensor_map.h"
+
+struct fa_sm90_backward_args {
+    struct fa_tensor_map q, k, v, dout;     /* boxes of BLOCK_M rows; of k and v, of a block's keys */
+    struct fa_cuda_args a;
+    int section;                            /* heads whose key tiles run side by side, so that L2 holds what they share */
+};
+
+#endif

@@ -1,0 +1,464 @@
+/* cuda/sm90/backward_block.cuh: what a backward block has and does, apart from its walk over the query tiles (backward.cuh): its
+ * shared memory, the producer, one function a product, the scores' way to P and dS, dQ's way out, and the results'. */
+#ifndef FA_SM90_BACKWARD_BLOCK_CUH
+#define FA_SM90_BACKWARD_BLOCK_CUH
+
+#include "../dq_layout.cuh"
+#include "../score.cuh"
+#include "backward_args.h"
+#include "backward_config.h"
+#include "ptx.cuh"
+
+/* What lies where in shared memory: tiles as ptx.cuh's panels, then rows of floats, then barriers. */
+template <int D, class Tile> struct sm90_backward_shared {
+    enum : int {
+        BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, STAGES = 2, PANELS = (D + 63) / 64,
+        K_BYTES = BLOCK_N * PANELS * 128, Q_BYTES = BLOCK_M * PANELS * 128, DS_BYTES = BLOCK_N * BLOCK_M * 2,
+        DQ_BYTES = Tile::BULK_DQ ? 64 * D * 4 : 0, P_BYTES = Tile::ROLES == 2 ? BLOCK_N * BLOCK_M * 2 : 0,
+        K = 0, V = K + K_BYTES, Q = V + K_BYTES, DO = Q + STAGES * Q_BYTES, DS = DO + STAGES * Q_BYTES,
+        DQ = DS + 2 * DS_BYTES, P = DQ + Tile::GROUPS * DQ_BYTES, LSE2 = P + 2 * P_BYTES, DELTA = LSE2 + STAGES * BLOCK_M * 4,
+        BARRIERS = DELTA + STAGES * BLOCK_M * 4,
+        K_FULL = BARRIERS, V_FULL = K_FULL + 8, Q_FULL = V_FULL + 8, DO_FULL = Q_FULL + 8 * STAGES,
+        Q_FREE = DO_FULL + 8 * STAGES, DO_FREE = Q_FREE + 8 * STAGES, DS_FULL = DO_FREE + 8 * STAGES, DS_FREE = DS_FULL + 16,
+        DQ_FULL = DS_FREE + 16, DQ_FREE = DQ_FULL + 8 * Tile::GROUPS,
+        DQ_NOTE = (DQ_FREE + 8 * Tile::GROUPS + 15) / 16 * 16, BYTES = DQ_NOTE + 16 * Tile::GROUPS,
+    };
+    static_assert(BYTES <= 232448, "a block's limit");
+};
+
+template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm90_backward {
+    using Shared = sm90_backward_shared<D, Tile>;
+    enum : int {
+        GROUPS = Tile::GROUPS, THREADS = 128 * (GROUPS + 1), CONSUMERS = 128 * GROUPS,
+        ROLES = Tile::ROLES, BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, STAGES = Shared::STAGES, PANELS = Shared::PANELS,
+        NT = BLOCK_M / 8, QT = BLOCK_M / 16, DT = D / 8, KV_STEPS = Tile::KV_REGISTERS ? D / 16 : 1,
+        ALTERNATE = BLOCK_M == 64,      /* the warpgroups take turns at dQ, else each has 64 of its rows */
+        DK_BEHIND = BLOCK_M == 64 && (D < 128 || !(MODS || DROPOUT)),  /* dK runs into the next step: where registers last */
+        /* named barriers */
+        READY = 1, FREE = READY + GROUPS, ALL = FREE + GROUPS, GROUP = ALL + 1, P_READY = GROUP + GROUPS, P_FREE = P_READY + 2,
+    };
+
+    const fa_sm90_backward_args &args;
+    const fa_cuda_args &a;
+    const uint32_t shared;
+    const int b, kv_head, j0;
+    const sequence seq;
+    int m_first, m_last;                    /* query tiles [first, last) */
+
+    __device__ __forceinline__ sm90_backward(const fa_sm90_backward_args &args_, uint32_t shared_, int batch, int kv, int n)
+        : args(args_), a(args_.a), shared(shared_), b(batch), kv_head(kv), j0(n * BLOCK_N), seq(sequence_of(a.p, batch))
+    {
+        const int j_end = min(j0 + BLOCK_N, seq.sk) - 1;
+        const bool used = j0 < seq.sk;
+        m_first = used ? first_query(a, seq, j0) / BLOCK_M : 0;
+        m_last = used ? (max(last_query(a, seq, j_end), 0) + BLOCK_M - 1) / BLOCK_M : 0;
+        m_first = min(m_first, m_last);
+    }
+
+    __device__ __forceinline__ int steps() const { return (m_last - m_first) * a.group; }
+
+    /* Where a walk over the query tiles of the group's heads is. */
+    struct position { int head, m, step; };
+    __device__ __forceinline__ position start() const { return { kv_head * a.group, m_first, 0 }; }
+    __device__ __forceinline__ void advance_to_next(position &at) const
+    {
+        at.step++;
+        if (++at.m == m_last) { at.m = m_first; at.head++; }
+    }
+
+    __device__ __forceinline__ static void init_barriers(uint32_t shared)
+    {
+        mbarrier_init(shared + Shared::K_FULL, 1);
+        mbarrier_init(shared + Shared::V_FULL, 1);
+        for (int s = 0; s < STAGES; s++) {
+            mbarrier_init(shared + Shared::Q_FULL + 8 * s, 1);
+            mbarrier_init(shared + Shared::DO_FULL + 8 * s, 1);
+            mbarrier_init(shared + Shared::Q_FREE + 8 * s, 4 * GROUPS);
+            mbarrier_init(shared + Shared::DO_FREE + 8 * s, 4 * GROUPS);
+        }
+        for (int s = 0; s < 2; s++) {
+            mbarrier_init(shared + Shared::DS_FULL + 8 * s, 4 * GROUPS);
+            mbarrier_init(shared + Shared::DS_FREE + 8 * s, ALTERNATE ? 4 : 4 * GROUPS);
+        }
+        for (int g = 0; g < GROUPS; g++) {
+            mbarrier_init(shared + Shared::DQ_FULL + 8 * g, 4);
+            mbarrier_init(shared + Shared::DQ_FREE + 8 * g, 1);
+        }
+        mbarrier_init_fence();
+    }
+
+    /* ---- producer: one thread ---- */
+
+    __device__ __forceinline__ void load_keys(const fa_tensor_map &map, uint32_t tile, uint32_t barrier)
+    {
+        mbarrier_arrive_expect(barrier, Shared::K_BYTES);
+        #pragma unroll
+        for (int p = 0; p < PANELS; p++)
+            tma_load(tile + p * BLOCK_N * 128, map, 64 * p, seq.k0 + j0, kv_head, a.p.cu_k ? 0 : b, barrier, EVICT_NORMAL);
+    }
+    __device__ __forceinline__ void load_queries(const fa_tensor_map &map, uint32_t tile, const float *rows, uint32_t rows_at,
+                                                 const position &at, uint32_t barrier)
+    {
+        mbarrier_arrive_expect(barrier, Shared::Q_BYTES + BLOCK_M * 4);
+        #pragma unroll
+        for (int p = 0; p < PANELS; p++)
+            tma_load(tile + p * BLOCK_M * 128, map, 64 * p, seq.q0 + at.m * BLOCK_M, at.head, a.p.cu_q ? 0 : b, barrier, EVICT_LAST);
+        bulk_load(rows_at, rows + padded_row(a, seq, b, at.head) + at.m * BLOCK_M, BLOCK_M * 4, barrier);
+    }
+
+    __device__ __forceinline__ void produce()
+    {
+        const int total = steps();
+        #pragma unroll 1
+        for (position at = start(); at.step < total; advance_to_next(at)) {
+            const int s = at.step % STAGES, parity = at.step / STAGES % 2 ^ 1;
+            if (at.step == 0) load_keys(args.k, shared + Shared::K, shared + Shared::K_FULL);
+            mbarrier_wait(shared + Shared::Q_FREE + 8 * s, parity);
+            load_queries(args.q, shared + Shared::Q + s * Shared::Q_BYTES, a.lse2, shared + Shared::LSE2 + s * BLOCK_M * 4,
+                         at, shared + Shared::Q_FULL + 8 * s);
+            if (at.step == 0) load_keys(args.v, shared + Shared::V, shared + Shared::V_FULL);
+            mbarrier_wait(shared + Shared::DO_FREE + 8 * s, parity);
+            load_queries(args.dout, shared + Shared::DO + s * Shared::Q_BYTES, a.delta, shared + Shared::DELTA + s * BLOCK_M * 4,
+                         at, shared + Shared::DO_FULL + 8 * s);
+        }
+    }
+
+    /* ---- consumers ---- */
+
+    /* One arrival a warp, for what all its lanes did before. */
+    __device__ __forceinline__ void warp_arrive(int barrier) const
+    {
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared + barrier);
+    }
+
+    /* Rows of a tile from `rows` on become 0: TMA brought what lies behind the sequence. All consumers together. */
+    template <int ROWS> __device__ __forceinline__ void zero_rows(uint32_t tile, int rows)
+    {
+        #pragma unroll 1
+        for (int p = 0; p < PANELS; p++)
+            #pragma unroll 1
+            for (int at = rows * 128 + (threadIdx.x - 128) * 16; at < ROWS * 128; at += CONSUMERS * 16)
+                store_shared_16(tile + p * ROWS * 128 + at, make_uint4(0, 0, 0, 0));
+        fence_proxy_async();
+        barrier_sync(ALL, CONSUMERS);
+    }
+
+    /* S^T or dP^T (64 keys, BLOCK_M) = keys queries^T. */
+    __device__ __forceinline__ void product(float (&c)[BLOCK_M / 2], uint32_t keys, uint32_t queries)
+    {
+        const uint32_t x = matrix_at(keys), y = matrix_at(queries);
+        #pragma unroll
+        for (int k = 0; k < D / 16; k++)
+            wgmma<T, BLOCK_M, 0, 0>::ss(c, descriptor(advance(x, k / 4 * BLOCK_N * 128 + k % 4 * 32)),
+                                        descriptor(advance(y, k / 4 * BLOCK_M * 128 + k % 4 * 32)), k > 0);
+        wgmma_commit();
+    }
+
+    /* The same with the keys in registers. */
+    __device__ __forceinline__ void product(float (&c)[BLOCK_M / 2], const uint32_t (&keys)[KV_STEPS][4], uint32_t queries)
+    {
+        const uint32_t y = matrix_at(queries);
+        #pragma unroll
+        for (int k = 0; k < D / 16; k++)
+            wgmma<T, BLOCK_M, 0, 0>::rs(c, keys[k], descriptor(advance(y, k / 4 * BLOCK_M * 128 + k % 4 * 32)), k > 0);
+        wgmma_commit();
+    }
+    __device__ __forceinline__ void read_keys(uint32_t (&keys)[KV_STEPS][4], uint32_t tile, int row16)
+    {
+        const int lane = threadIdx.x & 31, row = row16 + (lane & 15);
+        #pragma unroll
+        for (int k = 0; k < KV_STEPS; k++)
+            ldmatrix(keys[k], tile + k / 4 * BLOCK_N * 128 + row * 128 + (((k % 4 * 2 + (lane >> 4)) ^ (row & 7)) << 4));
+    }
+
+    /* sum (64 keys, D) += x (64, BLOCK_M) queries (BLOCK_M, D). */
+    __device__ __forceinline__ void accumulate(float (&sum)[D / 2], const uint32_t (&x)[QT][4], uint32_t queries)
+    {
+        const uint32_t y = matrix_at(queries, BLOCK_M * 128);
+        #pragma unroll
+        for (int k = 0; k < QT; k++) wgmma<T, D, 0, 1>::rs(sum, x[k], descriptor(advance(y, k * 2048)), true);
+        wgmma_commit();
+    }
+
+    /* dQ (64 queries, N channels from `channel`) = dS (64, BLOCK_N) K (BLOCK_N, N); dS lies as dS^T. */
+    template <int N> __device__ __forceinline__ void query_product(float (&dq)[N / 2], uint32_t ds_tile, int channel)
+    {
+        const uint32_t x = matrix_at(ds_tile, BLOCK_N * 128);
+        const uint32_t y = matrix_at(shared + Shared::K + channel / 64 * BLOCK_N * 128, BLOCK_N * 128);
+        #pragma unroll
+        for (int k = 0; k < BLOCK_N / 16; k++)
+            wgmma<T, N, 1, 1>::ss(dq, descriptor(advance(x, k * 2048)), descriptor(advance(y, k * 2048)), k > 0);
+        wgmma_commit();
+    }
+
+    /* What dropout drops of the 16x16 pieces along the queries: score.cuh's flags. */
+    __device__ __forceinline__ void dropout_flags(uint32_t (&flags)[QT][2], const position &at, int key)
+    {
+        #pragma unroll
+        for (int q = 0; q < QT; q += 2) {
+            const uint32_t piece_j = (uint32_t)key / 16, first = at.m * BLOCK_M / 16 + q;
+            const uint32_t pieces_i[2] = { first, first + 1 }, pieces_j[2] = { piece_j, piece_j };
+            uint32_t bytes[2][2];
+            dropout_bytes(bytes, a.p.rng[0], a.p.rng[1], b * (int)a.p.h + at.head, pieces_i, pieces_j, threadIdx.x & 31, true);
+            #pragma unroll
+            for (int x = 0; x < 4; x++) flags[q + x / 2][x % 2] = dropped_flags(bytes[x / 2][x % 2], a.keep256);
+        }
+    }
+
+    /* S^T becomes P^T: packed for dV in `left`, and times the score's derivative in s for dS, negative where dropped. */
+    __device__ __forceinline__ void probabilities(float (&s)[BLOCK_M / 2], uint32_t (&left)[QT][4], const uint32_t (&flags)[QT][2],
+                                                  const position &at, int key, bool masked, uint32_t lse2)
+    {
+        const float slope = MODS ? alibi_slope(a, b, at.head) : 0.0f;
+        const int lane = thread_anew() & 31, i0 = at.m * BLOCK_M + (lane & 3) * 2;
+        int first[2], last[2];                  /* queries that see the keys `key` and key + 8 */
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int j = key + 8 * half;
+            first[half] = first_query(a, seq, j);
+            last[half] = j < seq.sk ? last_query(a, seq, j) : 0;
+        }
+        if (!MODS && masked) {
+            #pragma unroll
+            for (int e = 0; e < BLOCK_M / 2; e++) {
+                const int i = i0 + e / 4 * 8 + e % 2;
+                if (i < first[e / 2 % 2] || i >= last[e / 2 % 2]) s[e] = -INFINITY;
+            }
+        }
+        #pragma unroll
+        for (int n = 0; n < NT; n++) {
+            const float2 shift = load_shared_8(lse2 + (8 * n + (lane & 3) * 2) * 4);
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float p[2];
+                #pragma unroll
+                for (int c = 0; c < 2; c++) {
+                    float &x = s[4 * n + 2 * half + c], derivative = 1.0f;
+                    const int i = i0 + 8 * n + c, j = key + 8 * half;
+                    if (MODS) x = modify_score(a, x, slope, i + seq.sk - seq.sq - j, derivative);
+                    x = exp2_approx(fmaf(x, a.exponent_scale, -(c ? shift.y : shift.x)));
+                    if (MODS && masked && (i < first[half] || i >= last[half])) x = 0.0f;
+                    p[c] = x;
+                    if (MODS) x *= derivative;
+                }
+                uint32_t &packed = left[n / 2][n % 2 * 2 + half];
+                packed = pack<T>(p[0], p[1]);
+                if (DROPOUT) {
+                    packed &= ~dropped_pair(flags[n / 2], 2 * (n % 2) + half);
+                    #pragma unroll
+                    for (int c = 0; c < 2; c++) {
+                        float &x = s[4 * n + 2 * half + c];
+                        x = __uint_as_float(__float_as_uint(x) | (dropped_one(flags[n / 2][c], 2 * (n % 2) + half) & 0x80000000u));
+                    }
+                }
+            }
+        }
+    }
+
+    /* dS = P (Z dP - delta), packed; s holds P times the score's derivative. */
+    __device__ __forceinline__ void score_gradients(uint32_t (&left)[QT][4], const float (&dp)[BLOCK_M / 2],
+                                                    const float (&s)[BLOCK_M / 2], uint32_t delta)
+    {
+        #pragma unroll
+        for (int n = 0; n < NT; n++) {
+            const float2 shift = load_shared_8(delta + (8 * n + (threadIdx.x & 3) * 2) * 4);
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float ds[2];
+                #pragma unroll
+                for (int c = 0; c < 2; c++) {
+                    const float p = s[4 * n + 2 * half + c];
+                    float x = dp[4 * n + 2 * half + c];
+                    if (DROPOUT) x = (int)__float_as_uint(p) < 0 ? 0.0f : x * a.kept;
+                    ds[c] = (DROPOUT ? fabsf(p) : p) * (x - (c ? shift.y : shift.x));
+                }
+                left[n / 2][n % 2 * 2 + half] = pack<T>(ds[0], ds[1]);
+            }
+        }
+    }
+
+    /* P^T again out of its 16 bits. */
+    __device__ __forceinline__ static void unpack_left(float (&s)[BLOCK_M / 2], const uint32_t (&left)[QT][4])
+    {
+        #pragma unroll
+        for (int e = 0; e < BLOCK_M / 2; e++) {
+            const uint32_t pair = left[e / 8][e / 2 % 4];
+            s[e] = unpack<T>(e % 2 ? pair >> 16 : pair & 0xffff);
+        }
+    }
+
+    /* This warp's 16 keys of dS^T, as the left operand of dQ: panels of 64 queries. */
+    __device__ __forceinline__ void store_ds(uint32_t ds_tile, const uint32_t (&ds)[QT][4], int row16)
+    {
+        const int lane = threadIdx.x & 31, row = row16 + (lane >> 3 & 1) * 8 + (lane & 7);
+        #pragma unroll
+        for (int q = 0; q < QT; q++)
+            stmatrix(ds_tile + q / 4 * BLOCK_N * 128 + row * 128 + (((q % 4 * 2 + (lane >> 4)) ^ (row & 7)) << 4),
+                     ds[q][0], ds[q][1], ds[q][2], ds[q][3]);
+    }
+
+    /* Deterministic dq: key tiles add to rows of queries in descending order. Blocks start in that order too, so the one that is
+     * waited for is running or done. How many adds come before this block's to query tile m: */
+    __device__ __forceinline__ int turn(int m) const
+    {
+        return ((last_key(a, seq, min((m + 1) * BLOCK_M, seq.sq) - 1) - 1) / BLOCK_N - j0 / BLOCK_N) * ROLES;
+    }
+    __device__ __forceinline__ static void wait_for_turn(const int *turns, int turn)
+    {
+        while (*(const volatile int *)turns < turn) {}
+        __threadfence();
+    }
+    __device__ __forceinline__ static void pass_turn(int *turns)
+    {
+        __threadfence();
+        atomicAdd(turns, 1);
+    }
+
+    /* This warp's 16 queries of dQ into dq_accum: with BULK_DQ through shared memory, where deterministic by add_in_turn's warp,
+     * else by this one; without, a red.v4 a block. `n` such products of this warpgroup came before. */
+    template <int N> __device__ __forceinline__ void add_dq(const float (&dq)[N / 2], const position &at, int group, int n, int channel)
+    {
+        const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3;
+        const int64_t row = padded_row(a, seq, b, at.head) + at.m * BLOCK_M + dq_row(group) + warp * 16;
+        float *sums = a.dq_accum + dq_block<D>(row, channel / 8);
+        if constexpr (Tile::BULK_DQ) {
+            const uint32_t buffer = shared + Shared::DQ + group * Shared::DQ_BYTES + warp * 64 * D;
+            if (a.p.deterministic) mbarrier_wait(shared + Shared::DQ_FREE + 8 * group, n % 2 ^ 1);
+            else bulk_wait_read<0>();
+            __syncwarp();
+            #pragma unroll
+            for (int j = 0; j < N / 8; j++)
+                store_shared_16(buffer + j * 512 + lane * 16,
+                                make_uint4(__float_as_uint(dq[4 * j]), __float_as_uint(dq[4 * j + 1]),
+                                           __float_as_uint(dq[4 * j + 2]), __float_as_uint(dq[4 * j + 3])));
+            fence_proxy_async();
+            if (a.p.deterministic) {
+                if (threadIdx.x % 128 == 0)
+                    store_shared_16(shared + Shared::DQ_NOTE + 16 * group, make_uint4((uint32_t)(row >> 32), (uint32_t)row, turn(at.m), 0));
+                warp_arrive(Shared::DQ_FULL + 8 * group);
+            } else {
+                __syncwarp();
+                if (lane == 0) {
+                    bulk_add(sums, buffer, 64 * D);
+                    bulk_commit();
+                }
+            }
+        } else {
+            if (a.p.deterministic) {
+                if (lane == 0) wait_for_turn(a.turns + row / 16, turn(at.m));
+                __syncwarp();
+            }
+            #pragma unroll
+            for (int j = 0; j < N / 8; j++) {
+                const float c[4] = { dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3] };
+                dq_add(sums + j * 128, lane, c);
+            }
+            if (a.p.deterministic) {
+                __threadfence();
+                __syncwarp();
+                if (lane == 0) pass_turn(a.turns + row / 16);
+            }
+        }
+    }
+
+    /* The deterministic sums of one consumer warpgroup, by one thread of the producer's. */
+    __device__ __forceinline__ void add_in_turn(int group) const
+    {
+        const int total = steps(), count = ALTERNATE ? (total + GROUPS - 1 - group) / GROUPS : total;
+        #pragma unroll 1
+        for (int n = 0; n < count; n++) {
+            mbarrier_wait(shared + Shared::DQ_FULL + 8 * group, n % 2);
+            const uint4 note = load_shared_16(shared + Shared::DQ_NOTE + 16 * group);
+            const int64_t row = (int64_t)note.x << 32 | note.y;
+            wait_for_turn(a.turns + row / 16, note.z);
+            bulk_add(a.dq_accum + row * D, shared + Shared::DQ + group * Shared::DQ_BYTES, Shared::DQ_BYTES);
+            bulk_commit();
+            bulk_wait<0>();
+            pass_turn(a.turns + row / 16);
+            mbarrier_arrive(shared + Shared::DQ_FREE + 8 * group);
+        }
+    }
+
+    /* dK or dV of this warp's keys, through rows of `tile` that no other warp touches. Keys in no use get 0. */
+    __device__ __forceinline__ void store(const float (&x)[D / 2], uint32_t tile, int row16, float factor, const fa_tensor &t, int d,
+                                          bool aligned)
+    {
+        const int lane = threadIdx.x & 31;
+        const int row = row16 + (lane >> 3 & 1) * 8 + (lane & 7), key = j0 + row16 + (lane >> 2);
+        const float scale[2] = { key < seq.sk ? factor : 0.0f, key + 8 < seq.sk ? factor : 0.0f };
+        #pragma unroll
+        for (int q = 0; q < DT / 2; q++)
+            stmatrix(tile + q / 4 * BLOCK_N * 128 + row * 128 + (((q % 4 * 2 + (lane >> 4)) ^ (row & 7)) << 4),
+                     pack<T>(x[8 * q] * scale[0], x[8 * q + 1] * scale[0]), pack<T>(x[8 * q + 2] * scale[1], x[8 * q + 3] * scale[1]),
+                     pack<T>(x[8 * q + 4] * scale[0], x[8 * q + 5] * scale[0]), pack<T>(x[8 * q + 6] * scale[1], x[8 * q + 7] * scale[1]));
+        __syncwarp();
+        uint16_t *to = (uint16_t *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + j0 + row16) * t.stride_s + kv_head * t.stride_h;
+        #pragma unroll 4
+        for (int at = lane; at < 16 * DT; at += 32) {
+            const int r = at / DT, chunk = at % DT, in_tile = row16 + r, left = d - chunk * 8;
+            if (j0 + in_tile >= seq.k_rows || left <= 0) continue;
+            const uint4 words = load_shared_16(tile + chunk / 8 * BLOCK_N * 128 + in_tile * 128 + ((chunk % 8 ^ (in_tile & 7)) << 4));
+            uint16_t *dst = to + r * t.stride_s + chunk * 8;
+            if (aligned && left >= 8) {
+                *(uint4 *)dst = words;
+            } else {
+                const uint32_t w[4] = { words.x, words.y, words.z, words.w };
+                #pragma unroll
+                for (int e = 0; e < 8; e++)
+                    if (e < left) dst[e] = (uint16_t)(w[e / 2] >> 16 * (e % 2));
+            }
+        }
+        __syncwarp();
+    }
+
+    /* Left operands that a product has been reading until now. */
+    __device__ __forceinline__ static void keep(uint32_t (&x)[QT][4])
+    {
+        #pragma unroll
+        for (int i = 0; i < 4 * QT; i++) asm volatile("" : "+r"(x[i / 4][i % 4]) :: "memory");
+    }
+
+    /* Whether a warpgroup makes (its share of) a step's dQ, which 64 of its rows, and their dS. */
+    __device__ __forceinline__ static bool makes_dq(int group, int step) { return !ALTERNATE || group == step % GROUPS; }
+    __device__ __forceinline__ static int dq_row(int group) { return ALTERNATE ? 0 : 64 * group; }
+    __device__ __forceinline__ uint32_t ds_rows(int group, int step) const
+    {
+        return shared + Shared::DS + step % 2 * Shared::DS_BYTES + dq_row(group) / 64 * BLOCK_N * 128;
+    }
+
+    /* Zeroes what lies behind the sequences in the tiles that are here. */
+    __device__ __forceinline__ void zero_keys()
+    {
+        mbarrier_wait(shared + Shared::K_FULL, 0);
+        mbarrier_wait(shared + Shared::V_FULL, 0);
+        if ((a.p.cu_k || a.p.seqused_k) && j0 + BLOCK_N > seq.sk) {
+            zero_rows<BLOCK_N>(shared + Shared::K, seq.sk - j0);
+            zero_rows<BLOCK_N>(shared + Shared::V, seq.sk - j0);
+        }
+    }
+    __device__ __forceinline__ void zero_queries(int i0, int stage, int parity)
+    {
+        if (!a.p.cu_q || i0 + BLOCK_M <= seq.sq) return;
+        mbarrier_wait(shared + Shared::Q_FULL + 8 * stage, parity);
+        mbarrier_wait(shared + Shared::DO_FULL + 8 * stage, parity);
+        zero_rows<BLOCK_M>(shared + Shared::Q + stage * Shared::Q_BYTES, seq.sq - i0);
+        zero_rows<BLOCK_M>(shared + Shared::DO + stage * Shared::Q_BYTES, seq.sq - i0);
+    }
+
+    /* ---- the walks: backward.cuh, backward_roles.cuh ---- */
+
+    enum : int { DQ_VALUES = D <= 192 ? 64 : 128, DQ_KEYS = D - DQ_VALUES };     /* channels of dQ by role */
+
+    __device__ void consume();
+    __device__ void consume_values();
+    __device__ void consume_keys();
+    __device__ void values_dq(float (&dq)[DQ_VALUES / 2], const position &at, int total);
+};
+
+/* Opens the definition of a walk. */
+#define FA_SM90_BACKWARD_WALK \
+    template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> \
+    __device__ __forceinline__ void sm90_backward<T, D, MODS, DROPOUT, Tile>
+
+#endif

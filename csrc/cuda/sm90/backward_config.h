@@ -1,0 +1,24 @@
+/* cuda/sm90/backward_config.h: tiles of the backward pass, by head-dim bucket; `PLAIN`: neither score mods nor dropout. No row, no
+ * kernel. What was tried beside them, and by how much it lost: benchmarks/results/hopper-backward-tuning.md. */
+#ifndef FA_SM90_BACKWARD_CONFIG_H
+#define FA_SM90_BACKWARD_CONFIG_H
+
+/* BLOCK_M queries at a time. Two consumer warpgroups: of 64 keys each, or, with two ROLES, both of the same 64. KV_REGISTERS: K and V
+ * stay in registers as left operands. BULK_DQ: dq leaves through shared memory, else by red.v4 from registers. */
+template <int M, int R, bool KV, bool BULK> struct sm90_backward_row {
+    enum : int {
+        BLOCK_M = M, GROUPS = 2, ROLES = R, BLOCK_N = 64 * GROUPS / R, KV_REGISTERS = KV, BULK_DQ = BULK,
+        REGISTERS = KV ? 232 : 240, PRODUCER_REGISTERS = KV ? 40 : 24,          /* a thread */
+    };
+};
+
+template <int D, bool PLAIN> struct sm90_backward_tile;
+/*                                                                            BLOCK_M  ROLES  KV_REGISTERS  BULK_DQ      KB */
+template <>             struct sm90_backward_tile< 64, true>  : sm90_backward_row<128, 1, false, true> {};          /*  195 */
+template <>             struct sm90_backward_tile< 64, false> : sm90_backward_row< 64, 1, true,  true> {};          /*  129 */
+template <bool PLAIN> struct sm90_backward_tile< 96, PLAIN>   : sm90_backward_row< 64, 1, false, true> {};          /*  209 */
+template <bool PLAIN> struct sm90_backward_tile<128, PLAIN>   : sm90_backward_row< 64, 1, false, true> {};          /*  225 */
+template <bool PLAIN> struct sm90_backward_tile<192, PLAIN>   : sm90_backward_row< 64, 2, false, false> {};         /*  177 */
+template <bool PLAIN> struct sm90_backward_tile<256, PLAIN>   : sm90_backward_row< 64, 2, false, false> {};         /*  225 */
+
+#endif

@@ -1,0 +1,104 @@
+/* cuda/sm90/forward.c: the forward pass on Hopper, from a call to its launches.
+ *
+ *     counter = 0, if tiles differ in length | main kernel | fill, if packed | dmask
+ *
+ * The plan is a pure function of the call and the device. Blocks are as many as multiprocessors, and each works off tiles until
+ * there are none: every gridDim.x-th where all are equally long, else the next from a counter, longest first. */
+#include "../device.h"
+#include "args.h"
+#include "kernels.h"
+
+#define LEAST_EFFICIENCY 0.9
+
+enum { COUNTER_BYTES = 128, SECTION_BYTES = 32 << 20, MANY_TILES = 15 };
+
+static int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
+
+const struct fa_cuda_kernel *fa_sm90_forward_kernel(const struct fa_params *p)
+{
+    static const struct { int channels; fa_sm90_find *fp16, *bf16; } buckets[] = {
+        {  64, fa_sm90_forward_fp16_64,  fa_sm90_forward_bf16_64 },
+        {  96, fa_sm90_forward_fp16_96,  fa_sm90_forward_bf16_96 },
+        { 128, fa_sm90_forward_fp16_128, fa_sm90_forward_bf16_128 },
+        { 192, fa_sm90_forward_fp16_192, fa_sm90_forward_bf16_192 },
+        { 256, fa_sm90_forward_fp16_256, fa_sm90_forward_bf16_256 } };
+    const int64_t channels = p->d > p->d_v ? p->d : p->d_v;
+    int n = 0;
+    while (buckets[n].channels < channels) n++;
+    return (p->dtype == FA_FLOAT16 ? buckets[n].fp16 : buckets[n].bf16)(fa_cuda_variant(p));
+}
+
+static bool is_bounded(const struct fa_params *p) { return p->window_left >= 0 || p->window_right >= 0; }
+static bool is_ragged(const struct fa_params *p) { return p->cu_q || p->cu_k || p->seqused_k; }
+
+/* Heads whose keys and values fit L2 together: whole groups of query heads, a power of two of them. */
+static int64_t section_of(const struct fa_params *p)
+{
+    const int64_t head_bytes = p->sk * (p->d + p->d_v) * (int64_t)fa_sizeof(p->dtype);
+    int64_t heads = 1;
+    while (2 * heads * head_bytes <= SECTION_BYTES && heads < p->b * p->hk) heads *= 2;
+    return heads * (p->h / p->hk);
+}
+
+/* How much of the device is busy when units of one length go round. */
+static double efficiency(int64_t units, int64_t blocks) { return (double)units / (double)(blocks_of(units, blocks) * blocks); }
+
+/* Tiles of one length go round. Causal tiles grow with their number: a head's longest and shortest make a pair, pairs are of one
+ * length and go round too, where they fill the device. Elsewhere a counter hands tiles out, longest first. */
+static void schedule(struct fa_sm90_forward_args *f, int64_t multiprocessors)
+{
+    const struct fa_params *p = &f->a.p;
+    const int64_t heads = p->b * p->h, pairs = heads * blocks_of(f->a.m_tiles, 2);
+    const bool grows = p->window_left < 0 && p->window_right >= 0 && !is_ragged(p), even = f->a.m_tiles % 2 == 0 || f->a.m_tiles >= MANY_TILES;
+    f->units = (int)(heads * f->a.m_tiles);
+    f->section = 1;
+    if (grows && even && efficiency(pairs, multiprocessors) >= LEAST_EFFICIENCY) {
+        f->section = 0;
+        f->units = (int)pairs;
+    } else if (is_bounded(p) || is_ragged(p)) {
+        f->section = (int)section_of(p);
+        f->counter = p->workspace;
+    }
+}
+
+int64_t fa_sm90_forward_workspace(const struct fa_params *p) { return is_bounded(p) || is_ragged(p) ? COUNTER_BYTES : 0; }
+
+static enum fa_status describe(const struct fa_params *p, const struct fa_cuda_kernel *kernel, struct fa_sm90_forward_args *f,
+                               struct fa_error *error)
+{
+    const int64_t q_rows = p->cu_q ? p->total_q : p->sq, k_rows = p->cu_k ? p->total_k : p->sk;
+    const int64_t q_batch = p->cu_q ? 1 : p->b, k_batch = p->cu_k ? 1 : p->b;
+    enum fa_status status = fa_tensor_map_encode(&f->q, p->dtype, &p->q, p->d, q_rows, p->h, q_batch, kernel->block_m, error);
+    if (!status) status = fa_tensor_map_encode(&f->k, p->dtype, &p->k, p->d, k_rows, p->hk, k_batch, kernel->block_n, error);
+    if (!status) status = fa_tensor_map_encode(&f->v, p->dtype, &p->v, p->d_v, k_rows, p->hk, k_batch, kernel->block_n, error);
+    return status;
+}
+
+static enum fa_status run(const struct fa_params *p, const struct fa_cuda_device *device, struct fa_error *error)
+{
+    const struct fa_cuda_kernel *kernel = fa_sm90_forward_kernel(p);
+    struct fa_sm90_forward_args f = { .a = fa_cuda_arguments(p) };
+    f.a.m_tiles = (int)blocks_of(p->sq, kernel->block_m);
+    f.a.n_tiles = (int)blocks_of(p->sk, kernel->block_n);
+    schedule(&f, device->multiprocessors);
+    const int blocks = f.units < device->multiprocessors ? f.units : device->multiprocessors;
+    enum fa_status status = describe(p, kernel, &f, error);
+    if (f.units == blocks) f.counter = NULL;
+    if (!status && f.counter) status = fa_cuda_status(cudaMemsetAsync(f.counter, 0, sizeof *f.counter, p->stream), "cudaMemsetAsync", error);
+    if (!status) status = fa_cuda_launch("launch of the forward kernel", kernel, blocks, 1, &f, p->stream, error);
+    if (!status && p->cu_q) status = fa_cuda_launch_fill(fa_cuda_fill_forward, &f.a, error);
+    if (!status && p->s_dmask) status = fa_cuda_launch_rows("launch of the dmask kernel", fa_cuda_dmask, p->dmask_sq, &f.a, error);
+    return status;
+}
+
+enum fa_status fa_sm90_forward(const struct fa_params *p, struct fa_error *error)
+{
+    const struct fa_cuda_device *device = fa_cuda_device(p->device_index, error);
+    int previous;
+    enum fa_status status = device ? fa_cuda_enter(p->device_index, &previous, error) : FA_FAILED;
+    if (status) return status;
+    if (p->debug) status = fa_cuda_check_values(p, error);
+    if (!status) status = run(p, device, error);
+    fa_cuda_leave(p->device_index, previous);
+    return status;
+}

@@ -1,0 +1,443 @@
+/* cuda/sm90/forward.cuh: forward attention on Hopper: TMA and wgmma, one persistent block a multiprocessor.
+ *
+ *     S = Q K^T    P = exp2(c S - m)    l = rowsum P    O = P V / l    lse = ln 2 (m + log2 l)        c = scale log2 e
+ *
+ * Roles. One producer thread loads Q, K and V by TMA. GROUPS consumer warpgroups own 64 query rows each, all keys, all channels:
+ * softmax needs no other warpgroup. K and V have rings of their own, two stages, full and empty barriers.
+ *
+ * Pipeline. A block works through a stream of key blocks that does not end where a tile does: while the tensor cores multiply
+ * P(n) V(n), S(n + 1) = Q K(n + 1)^T has been issued before, and softmax(n + 1) runs behind both,
+ *
+ *     issue S(n + 1) | issue O += P(n) V(n) | wait S | softmax(n + 1) | wait O | rescale O | P(n + 1) to 16 bits
+ *
+ * also where n is a tile's last block and n + 1 the next tile's first: O then goes out while the other warpgroups keep the tensor
+ * cores busy. With PING_PONG the warpgroups issue in turn, so that one's softmax runs behind another's products.
+ * Key blocks that some row does not see whole take a copy of the step with masks. Keys run from last to first.
+ *
+ * Limit: the tensor cores, 76 % busy at d 128 and 4k keys, as far as the power limit lets the clock go; at 512 keys memory (half
+ * busy) and the change of tiles. H100, bf16, 16k tokens: d 64, 128, 256 reach 558, 711, 811 TFLOP/s. */
+#ifndef FA_SM90_FORWARD_CUH
+#define FA_SM90_FORWARD_CUH
+
+#include "../score.cuh"
+#include "forward_producer.cuh"
+
+template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct forward_consumer : forward_shape<D, Tile> {
+    using shape = forward_shape<D, Tile>;
+    using shape::STAGES, shape::GROUPS, shape::BLOCK_M, shape::BLOCK_N, shape::Q_STAGES, shape::PANELS;
+    enum : int { S_COUNT = BLOCK_N / 2, O_COUNT = D / 2, NT = BLOCK_N / 8, PIECES = BLOCK_N / 16, PIECE_BYTES = 16 * 128 };
+    static_assert(Q_STAGES == 2 || 8 * GROUPS * PIECE_BYTES <= shape::KV_BYTES, "room for finished rows");
+
+    const fa_cuda_args &a;
+    const uint32_t shared;
+    const int group, warp, lane;
+    int n_first, n_last;                        /* key blocks [first, last) of the tile at hand */
+    int keys, values, tiles;                    /* places used so far in the rings of K and V; tiles begun */
+
+    float s[S_COUNT];                           /* (64, BLOCK_N) */
+    float o[O_COUNT];                           /* (64, D) */
+    uint32_t p[PIECES][4];                      /* (64, BLOCK_N), left operands */
+    float row_max[2], row_sum[2];               /* rows g and g + 8; the sum is this lane's share */
+
+    __device__ __forceinline__ forward_consumer(const fa_cuda_args &args, uint32_t smem)
+        : a(args), shared(smem), group(__shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), keys(0), values(0), tiles(0) {}
+
+    /* d 256 has no registers for score mods beside dropout: kernel.c refuses such calls. */
+    __device__ __forceinline__ bool modifies() const { return (VARIANT != FA_DROPOUT || D < 256) && has_score_mod<VARIANT>(a); }
+    __device__ __forceinline__ uint32_t barrier(int n) const { return shared + shape::BARRIERS_AT + 8 * n; }
+    __device__ __forceinline__ void release(int n) { if (lane == 0) mbarrier_arrive(barrier(n)); }
+
+    /* The n-th tile of the stream; its place is taken again when n has long been stored. */
+    __device__ __forceinline__ forward_tile_info info(int n) const
+    {
+        const uint32_t at = shared + shape::INFO_AT + n % shape::INFOS * sizeof(forward_tile_info);
+        const uint4 x = load_shared_16(at), y = load_shared_16(at + 16);
+        return { (int)x.x, (int)x.y, (int)x.z, (int)x.w, (int)y.x, (int)y.y, (int)y.z, (int)y.w };
+    }
+    /* Goes on to the next tile, its Q in shared memory; false at the end. */
+    __device__ __forceinline__ bool next_tile()
+    {
+        const int stage = tiles % Q_STAGES, parity = tiles / Q_STAGES & 1;
+        mbarrier_wait(barrier(shape::Q_FULL + stage), parity);
+        const forward_tile_info t = info(tiles++);
+        n_first = t.n_first, n_last = t.n_last;
+        return t.b >= 0;
+    }
+    /* Lengths and first query of the tile at hand, read anew: kept over the main loop they would cost registers. */
+    __device__ __forceinline__ sequence current(int &i0) const
+    {
+        const forward_tile_info t = info(tiles - 1);
+        i0 = t.i0;
+        return { t.q0, 0, t.sq, t.sk, t.sq, t.sk };
+    }
+
+    /* S = Q K^T of the next key block. */
+    __device__ __forceinline__ void issue_scores()
+    {
+        const uint32_t q = matrix_at(shared + shape::Q_AT + (tiles - 1) % Q_STAGES * shape::Q_BYTES + group * 64 * 128);
+        const uint32_t k = matrix_at(shared + shape::K_AT + keys % STAGES * shape::KV_BYTES);
+        #pragma unroll
+        for (int kk = 0; kk < D / 16; kk++)
+            wgmma<T, BLOCK_N>::ss(s, descriptor(advance(q, kk / 4 * BLOCK_M * 128 + kk % 4 * 32)),
+                                  descriptor(advance(k, kk / 4 * BLOCK_N * 128 + kk % 4 * 32)), kk > 0);
+        wgmma_commit();
+    }
+    /* O += P V of the block before; the first of a tile starts O anew. */
+    __device__ __forceinline__ void issue_output(bool accumulate)
+    {
+        const uint32_t v = matrix_at(shared + shape::V_AT + values % STAGES * shape::KV_BYTES, BLOCK_N * 128);
+        #pragma unroll
+        for (int kk = 0; kk < PIECES; kk++)
+            wgmma<T, D, 0, 1>::rs(o, p[kk], descriptor(advance(v, kk * 2048)), accumulate || kk > 0);
+        wgmma_commit();
+    }
+    __device__ __forceinline__ void wait_k() { mbarrier_wait(barrier(shape::K_FULL + keys % STAGES), keys / STAGES & 1); }
+    __device__ __forceinline__ void wait_v() { mbarrier_wait(barrier(shape::V_FULL + values % STAGES), values / STAGES & 1); }
+
+    /* Rows of V beyond the sequence: P is 0 there, and 0 times another sequence's NaN is NaN. Every warpgroup zeroes them all. */
+    __device__ __forceinline__ void clear_tail(int left)
+    {
+        const uint32_t v = shared + shape::V_AT + values % STAGES * shape::KV_BYTES;
+        const int thread = thread_anew();
+        for (int at = max(left, 0) * 8 + thread % 128; at < BLOCK_N * 8; at += 128)
+            #pragma unroll
+            for (int panel = 0; panel < PANELS; panel++) store_shared_16(v + panel * BLOCK_N * 128 + at * 16, make_uint4(0, 0, 0, 0));
+        fence_proxy_async();
+        barrier_sync(7 + thread / 128, 128);
+    }
+    __device__ __forceinline__ bool has_tail(int n) const
+    {
+        return (a.p.cu_k || a.p.seqused_k) && (n + 1) * BLOCK_N > info(tiles - 1).sk;
+    }
+
+    /* Score mods, then -inf where row and column do not see each other. j0: key of column 0. */
+    template <bool MASKED> __device__ __forceinline__ void modify(int n)
+    {
+        int i0;
+        const sequence seq = current(i0);
+        const int j0 = n * BLOCK_N + lane % 4 * 2;
+        const float slope = modifies() ? alibi_slope(a, info(tiles - 1).b, info(tiles - 1).head) : 0.0f;
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int i = i0 + group * 64 + warp * 16 + half * 8 + lane / 4, diagonal = i + seq.sk - seq.sq;
+            if (modifies()) {
+                #pragma unroll
+                for (int x = 0; x < 2 * NT; x++) {
+                    float unused, &score = s[x / 2 * 4 + 2 * half + x % 2];
+                    score = modify_score(a, score, slope, diagonal - (j0 + x / 2 * 8 + x % 2), unused);
+                }
+            }
+            if (!MASKED) continue;
+            const int first = first_key(a, seq, i) - j0, last = last_key(a, seq, i) - j0;
+            #pragma unroll
+            for (int x = 0; x < 2 * NT; x++)
+                if (x / 2 * 8 + x % 2 < first || x / 2 * 8 + x % 2 >= last) s[x / 2 * 4 + 2 * half + x % 2] = -INFINITY;
+        }
+    }
+
+    /* S becomes P in fp32; sums follow. O is to be multiplied by alpha where this says so: a maximum that grew by less than 2^LAG is
+     * left as it is, and P may be that much larger than 1. */
+    template <bool MASKED> __device__ __forceinline__ bool softmax(float (&alpha)[2])
+    {
+        const float c = a.exponent_scale, LAG = 8.0f;
+        float top[2];
+        bool moved = false;
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float x = row_max[half], y = s[2 * half + 1];
+            #pragma unroll
+            for (int n = 0; n < NT; n++) {
+                x = fmaxf(x, s[4 * n + 2 * half]);
+                if (n) y = fmaxf(y, s[4 * n + 2 * half + 1]);
+            }
+            top[half] = quad_max(fmaxf(x, y));
+            moved |= (top[half] - row_max[half]) * c > LAG;
+        }
+        moved = __any_sync(0xffffffff, moved);
+        float sum[2] = { 0.0f, 0.0f };
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            alpha[half] = row_max[half];
+            row_max[half] = moved ? top[half] : row_max[half];
+            const float shift = MASKED && row_max[half] == -INFINITY ? 0.0f : row_max[half] * c;     /* no visible key yet: P = 0 */
+            float odd = 0.0f;
+            #pragma unroll
+            for (int n = 0; n < NT; n++) {
+                float &x = s[4 * n + 2 * half], &y = s[4 * n + 2 * half + 1];
+                x = exp2_approx(fmaf(x, c, -shift));
+                y = exp2_approx(fmaf(y, c, -shift));
+                sum[half] += x;
+                odd += y;
+            }
+            sum[half] += odd;
+        }
+        /* The condition waits for the sums, else the compiler moves the exponentials below the next wait for the tensor cores. */
+        if (moved & (sum[0] + sum[1] >= 0.0f)) {
+            #pragma unroll
+            for (int half = 0; half < 2; half++) {
+                alpha[half] = row_max[half] == -INFINITY ? 0.0f : exp2_approx((alpha[half] - row_max[half]) * c);
+                row_sum[half] *= alpha[half];
+            }
+        }
+        row_sum[0] += sum[0];
+        row_sum[1] += sum[1];
+        return moved;
+    }
+
+    /* Flags of what dropout drops, per 16x16 piece. */
+    __device__ __forceinline__ void dropout_flags(uint32_t (&flags)[PIECES][2], int n)
+    {
+        static_assert(VARIANT != FA_DROPOUT || PIECES % 2 == 0, "pieces are drawn in pairs");
+        uint64_t seed = a.p.rng[0];
+        asm volatile("" : "+l"(seed));              /* else a loop keeps the keys of all rounds in registers: spills */
+        const uint32_t batch_head = info(tiles - 1).b * (int)a.p.h + info(tiles - 1).head, row = (info(tiles - 1).i0 + group * 64 + warp * 16) / 16;
+        const uint32_t piece_i[2] = { row, row };
+        #pragma unroll
+        for (int at = 0; at < PIECES; at += 2) {
+            uint32_t bytes[2][2];
+            const uint32_t piece_j[2] = { (uint32_t)(n * PIECES + at), (uint32_t)(n * PIECES + at + 1) };
+            dropout_bytes(bytes, seed, a.p.rng[1], batch_head, piece_i, piece_j, lane, false);
+            #pragma unroll
+            for (int x = 0; x < 4; x++) flags[at + x / 2][x % 2] = dropped_flags(bytes[x / 2][x % 2], a.keep256);
+        }
+    }
+
+    __device__ __forceinline__ void pack_p(const uint32_t (&flags)[PIECES][2])
+    {
+        #pragma unroll
+        for (int k = 0; k < PIECES; k++)
+            #pragma unroll
+            for (int r = 0; r < 4; r++) {
+                p[k][r] = pack<T>(s[8 * k + 2 * r], s[8 * k + 2 * r + 1]);
+                if (VARIANT == FA_DROPOUT) p[k][r] &= ~dropped_pair(flags[k], 2 * (r % 2) + r / 2);
+            }
+    }
+
+    /* O of a finished tile, normalised, by way of this warp's rows of its Q, and lse. */
+    __device__ __forceinline__ void store(int n, const float (&top)[2], const float (&share)[2])
+    {
+        const forward_tile_info t = info(n);
+        const fa_params &call = a.p;
+        const int first = t.i0 + group * 64 + warp * 16, g = lane / 4;
+        float *lse = (float *)call.lse.ptr + t.b * call.lse.stride_b + t.head * call.lse.stride_h;
+        uint16_t *out = (uint16_t *)call.out.ptr + t.b * call.out.stride_b + (int64_t)(t.q0 + first) * call.out.stride_s
+                      + t.head * call.out.stride_h;
+        float factor[2];
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float sum = quad_sum(share[half]);
+            const bool empty = top[half] == -INFINITY && sum == 0.0f;
+            const int i = first + half * 8 + g;
+            factor[half] = empty ? 0.0f : (VARIANT == FA_DROPOUT ? a.kept : 1.0f) / sum;
+            if (i < t.sq && lane % 4 == 0)
+                lse[(int64_t)(t.q0 + i) * call.lse.stride_s] =
+                    empty ? -INFINITY : 0.69314718f * (top[half] * a.exponent_scale + log2_approx(sum));
+        }
+        const uint32_t own = Q_STAGES == 2 ? shared + shape::Q_AT + n % Q_STAGES * shape::Q_BYTES + (group * 64 + warp * 16) * 128
+                           : shared + shape::K_AT + keys % STAGES * shape::KV_BYTES + (group * 4 + warp) * 2 * PIECE_BYTES;
+        if (Q_STAGES == 1) wait_k();
+        #pragma unroll
+        for (int panel = 0; panel < PANELS; panel++) {
+            const uint32_t piece = own + (Q_STAGES == 2 ? panel * BLOCK_M * 128 : panel % 2 * PIECE_BYTES);
+            constexpr int WIDTH = D < 64 ? D : 64;
+            const int width = panel * 64 + 64 <= D ? WIDTH : D % 64;
+            #pragma unroll
+            for (int j = panel * 4; j < panel * 4 + width / 16; j++) {
+                uint32_t x[4];
+                #pragma unroll
+                for (int r = 0; r < 4; r++) x[r] = pack<T>(o[8 * j + 2 * r] * factor[r % 2], o[8 * j + 2 * r + 1] * factor[r % 2]);
+                stmatrix(piece + lane % 16 * 128 + ((2 * j + lane / 16) % 8 * 16 ^ lane % 8 * 16), x[0], x[1], x[2], x[3]);
+            }
+            __syncwarp();
+            #pragma unroll
+            for (int at = lane; at < 16 * width / 8; at += 32) {
+                const int row = at / (width / 8), chunk = at % (width / 8);
+                const uint4 x = load_shared_16(piece + row * 128 + (chunk * 16 ^ row % 8 * 16));
+                if (first + row < t.sq)
+                    store_chunk(out + row * call.out.stride_s + panel * 64 + chunk * 8, x, (int)call.d_v - panel * 64 - chunk * 8);
+            }
+        }
+        fence_proxy_async();
+        __syncwarp();
+        release(Q_STAGES == 2 ? shape::Q_EMPTY + n % Q_STAGES : shape::K_EMPTY + keys % STAGES);
+        if (Q_STAGES == 1) keys++;
+    }
+    __device__ __forceinline__ void store_chunk(uint16_t *to, uint4 x, int left) const
+    {
+        if (a.aligned_out && left >= 8) {
+            *(uint4 *)to = x;
+        } else {
+            const uint32_t words[4] = { x.x, x.y, x.z, x.w };
+            #pragma unroll
+            for (int e = 0; e < 8; e++)
+                if (e < left) to[e] = (uint16_t)(words[e / 2] >> 16 * (e % 2));
+        }
+    }
+
+    __device__ __forceinline__ void scores_done(int n)
+    {
+        wgmma_result(s);
+        release(shape::K_EMPTY + keys % STAGES);
+        keys++;
+        if (Q_STAGES == 1 && n == n_first) release(shape::Q_EMPTY);
+    }
+
+    /* The scores of key block n beside the products of the block before, whose P is in registers. */
+    template <bool MASKED> __device__ __forceinline__ void step(int n, bool accumulate)
+    {
+        uint32_t flags[PIECES][2];
+        float alpha[2];
+        if (MASKED && has_tail(n + 1)) {
+            wait_v();
+            clear_tail(info(tiles - 1).sk - (n + 1) * BLOCK_N);
+        }
+        wait_k();
+        turn();
+        wgmma_fence();
+        issue_scores();
+        wait_v();
+        wgmma_fence();
+        issue_output(accumulate);
+        pass_turn();
+        if (VARIANT == FA_DROPOUT) dropout_flags(flags, n);
+        wgmma_wait<1>();
+        scores_done(n);
+        if (MASKED || modifies()) modify<MASKED>(n);
+        const bool moved = softmax<MASKED>(alpha);
+        wgmma_wait<0>();
+        wgmma_result(o);
+        wgmma_result(s);
+        release(shape::V_EMPTY + values++ % STAGES);
+        if (moved) {
+            #pragma unroll
+            for (int j = 0; j < O_COUNT; j++) o[j] *= alpha[j / 2 % 2];
+        }
+        pack_p(flags);
+    }
+
+    __device__ __forceinline__ void turn() { if (Tile::PING_PONG) barrier_sync(1 + group, 256); }
+    __device__ __forceinline__ void pass_turn() { if (Tile::PING_PONG) barrier_arrive(1 + (group + 1) % GROUPS, 256); }
+
+    __device__ __forceinline__ bool is_whole(int n) const
+    {
+        int i0;
+        const sequence seq = current(i0);
+        return n * BLOCK_N >= first_key(a, seq, min(i0 + BLOCK_M, seq.sq) - 1) && (n + 1) * BLOCK_N <= last_key(a, seq, i0);
+    }
+    /* Softmax of a tile's first block. */
+    __device__ __forceinline__ void begin_rows(int n)
+    {
+        float unused[2];
+        row_max[0] = row_max[1] = -INFINITY;
+        row_sum[0] = row_sum[1] = 0.0f;
+        if (!is_whole(n)) modify<true>(n);
+        else if (modifies()) modify<false>(n);
+        softmax<true>(unused);
+    }
+
+    /* From the last block of a tile to the first of the next; false where that was the last tile. */
+    __device__ __forceinline__ bool next(bool accumulate)
+    {
+        uint32_t flags[PIECES][2];
+        const int finished = tiles - 1;
+        const float top[2] = { row_max[0], row_max[1] }, share[2] = { row_sum[0], row_sum[1] };
+        if (has_tail(n_first)) {
+            wait_v();
+            clear_tail(info(tiles - 1).sk - n_first * BLOCK_N);
+        }
+        if (!next_tile()) {
+            turn();
+            wait_v();
+            wgmma_fence();
+            issue_output(accumulate);
+            pass_turn();
+            wgmma_wait<0>();
+            wgmma_result(o);
+            store(finished, top, share);
+            return false;
+        }
+        const int n = n_last - 1;
+        wait_k();
+        turn();
+        wgmma_fence();
+        issue_scores();
+        wait_v();
+        wgmma_fence();
+        issue_output(accumulate);
+        pass_turn();
+        if (VARIANT == FA_DROPOUT) dropout_flags(flags, n);
+        wgmma_wait<1>();
+        scores_done(n);
+        begin_rows(n);
+        wgmma_wait<0>();
+        wgmma_result(o);
+        wgmma_result(s);
+        release(shape::V_EMPTY + values++ % STAGES);
+        pack_p(flags);
+        store(finished, top, share);
+        return true;
+    }
+
+    __device__ __forceinline__ void run()
+    {
+        uint32_t flags[PIECES][2];
+        if (Tile::PING_PONG && group == GROUPS - 1) barrier_arrive(1, 256);
+        if (!next_tile()) return;
+        wait_k();
+        wgmma_fence();
+        issue_scores();
+        if (VARIANT == FA_DROPOUT) dropout_flags(flags, n_last - 1);
+        wgmma_wait<0>();
+        scores_done(n_last - 1);
+        begin_rows(n_last - 1);
+        pack_p(flags);
+        bool more;
+        do {
+            int i0;
+            const sequence seq = current(i0);
+            const int whole_first = (first_key(a, seq, min(i0 + BLOCK_M, seq.sq) - 1) + BLOCK_N - 1) / BLOCK_N;
+            const int whole_last = max(last_key(a, seq, i0), 0) / BLOCK_N;
+            bool accumulate = false;
+            int n = n_last - 2;
+            /* The first step clears the tail, whether the block after is whole or not. */
+            while (n >= n_first) {
+                for (; n >= n_first && (n >= whole_last || n < whole_first || has_tail(n + 1)); n--) step<true>(n, accumulate), accumulate = true;
+                for (; n >= n_first && n >= whole_first; n--) step<false>(n, accumulate), accumulate = true;
+            }
+            more = next(accumulate);
+        } while (more);
+    }
+};
+
+template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile>
+__global__ void __launch_bounds__(128 * (Tile::GROUPS + 1), 1) forward_kernel(const __grid_constant__ fa_sm90_forward_args f)
+{
+    extern __shared__ uint8_t dynamic[];
+    using shape = forward_shape<D, Tile>;
+    const uint32_t shared = (shared_address(dynamic) + shape::ALIGNMENT - 1) / shape::ALIGNMENT * shape::ALIGNMENT;
+    if (threadIdx.x == 0) {
+        const uint32_t barriers = shared + shape::BARRIERS_AT;
+        for (int n = 0; n < shape::BARRIERS; n++) {
+            const bool empty = (n >= shape::Q_EMPTY && n < shape::K_FULL) || (n >= shape::K_EMPTY && n < shape::V_FULL) || n >= shape::V_EMPTY;
+            mbarrier_init(barriers + 8 * n, empty ? 4 * shape::GROUPS : 1);
+        }
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        fewer_registers<shape::PRODUCER_REGISTERS>();
+        if (threadIdx.x == 0) {
+            tma_prefetch(f.q);
+            tma_prefetch(f.k);
+            tma_prefetch(f.v);
+            forward_producer<D, Tile> producer{ {}, f, shared };
+            producer.run();
+        }
+    } else {
+        more_registers<shape::CONSUMER_REGISTERS>();
+        forward_consumer<T, D, VARIANT, Tile> consumer(f.a, shared);
+        consumer.run();
+    }
+}
+
+#endif

@@ -1,0 +1,4 @@
+/* cuda/sm90/fwd_bf16_hdim192.cu: the forward kernels of head-dim bucket 192 for bf16. */
+#include "instance.cuh"
+
+FA_SM90_FORWARD(bf16, FA_BFLOAT16, 192)

@@ -1,0 +1,4 @@
+/* cuda/sm90/fwd_fp16_hdim128.cu: the forward kernels of head-dim bucket 128 for fp16. */
+#include "instance.cuh"
+
+FA_SM90_FORWARD(fp16, FA_FLOAT16, 128)

@@ -1,0 +1,37 @@
+/* cuda/sm90/kernels.h: where the host code of the Hopper kernels finds what it launches. Plain C. */
+#ifndef FA_SM90_KERNELS_H
+#define FA_SM90_KERNELS_H
+
+#include "../launch.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* One type and head-dim bucket of a pass. */
+typedef const struct fa_cuda_kernel *fa_sm90_find(enum fa_variant variant);
+
+fa_sm90_find fa_sm90_forward_fp16_64, fa_sm90_forward_fp16_96, fa_sm90_forward_fp16_128, fa_sm90_forward_fp16_192,
+             fa_sm90_forward_fp16_256;
+fa_sm90_find fa_sm90_forward_bf16_64, fa_sm90_forward_bf16_96, fa_sm90_forward_bf16_128, fa_sm90_forward_bf16_192,
+             fa_sm90_forward_bf16_256;
+
+/* The backward kernels of a bucket, with and without modified scores and dropout. */
+typedef const struct fa_cuda_kernel *fa_sm90_find_backward(enum fa_dtype dtype, bool score_mod, bool dropout);
+
+fa_sm90_find_backward fa_sm90_backward_64, fa_sm90_backward_96, fa_sm90_backward_128, fa_sm90_backward_192, fa_sm90_backward_256;
+
+/* forward.c */
+const struct fa_cuda_kernel *fa_sm90_forward_kernel(const struct fa_params *p);
+int64_t fa_sm90_forward_workspace(const struct fa_params *p);
+enum fa_status fa_sm90_forward(const struct fa_params *p, struct fa_error *error);
+
+/* backward.c */
+const struct fa_cuda_kernel *fa_sm90_backward_kernel(const struct fa_params *p);
+int64_t fa_sm90_backward_workspace(const struct fa_params *p);
+enum fa_status fa_sm90_backward(const struct fa_params *p, struct fa_error *error);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
