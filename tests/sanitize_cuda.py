@@ -74,7 +74,9 @@ def main():
     parser.add_argument("--run", action="store_true", help="the calls themselves, in this process")
     arguments = parser.parse_args()
     if arguments.run:
-        return run(arguments.shard)
+        run(arguments.shard)
+        sys.stdout.flush()
+        os._exit(0)             # under initcheck the end of autograd's threads aborts the process
     started = time.time()
     failed = sanitize(arguments.shard)
     if arguments.report:

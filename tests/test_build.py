@@ -84,7 +84,7 @@ def build_with_cuda():
 # Kernels at the edge of 255 registers that spill in the copy of their loop that reads biases which are not staged, and the most bytes
 # that one of them stores.
 SPILLING = {"forward_kernel 128", "backward_kernel 256", "fp32_forward_kernel 64", "fp32_backward_kernel 128"}
-MOST_SPILLED = 32
+MOST_SPILLED = 36
 
 
 def test_no_spills_and_no_stack():

@@ -334,7 +334,9 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     /* dQ (BLOCK_M, D) += dS K: this warp's DQ_M queries x 8 DQ_DT channels, 8 DQ_STEP at a time. */
     __device__ __forceinline__ void add_dq(int head, int m)
     {
-        const int thread = thread_anew(), lane = thread & 31, warp = thread >> 5, row0 = warp % DQ_WM * DQ_M, column0 = warp / DQ_WM * DQ_DT;
+        int lane = this->lane, warp = q_warp * KEY_WARPS + key_warp;
+        if (Q_WARPS == 1) lane = thread_anew() & 31, warp = thread_anew() >> 5;         /* registers held over the loop would spill */
+        const int row0 = warp % DQ_WM * DQ_M, column0 = warp / DQ_WM * DQ_DT;
         const int64_t row = padded_row(a, seq, b, head) + m * BLOCK_M + row0;
         const uint32_t x_at = ds_tile + lane_a_trans<BLOCK_M>(lane), y_at = k_tile + lane_b_trans<D>(lane);
         #pragma unroll 1
@@ -424,9 +426,9 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
         float s[KT][NT][4], dp[KT][NT][4];
         uint32_t flags[KT][NT / 2][2], left[NT / 2][KT][4];
         product(s, k_tile, q_tile);
-        if (VARIANT == FA_DROPOUT) dropout_flags(flags, head, i0);
         product(dp, v_tile, dout_tile);
         probabilities<MASKED>(s, left, head, i0, lse2_row, bias_tile);
+        if (VARIANT == FA_DROPOUT) dropout_flags(flags, head, i0);
         if (VARIANT == FA_DROPOUT) drop(left, flags);
         if (Q_WARPS > 1) share(p_tile, left);
         accumulate_own(dv, left, dout_tile);

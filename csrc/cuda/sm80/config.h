@@ -29,14 +29,14 @@ template <int BM, int BN, int S, int W, int QW, int DQ, int B> struct backward_r
 template <fa_variant V> struct backward_tile< 32, V, false>        : backward_row< 64, 64, 2, 4, 1, 2, 2> {};
 template <fa_variant V> struct backward_tile< 64, V, false>        : backward_row< 64, 64, 2, 4, 2, 4, 2> {};
 template <>             struct backward_tile< 64, FA_PLAIN, false> : backward_row< 32, 128, 2, 4, 1, 2, 2> {};
-template <fa_variant V> struct backward_tile< 96, V, false>        : backward_row< 64, 64, 2, 4, 2, 6, 2> {};
-template <>         struct backward_tile< 96, FA_SCORE_MOD, false> : backward_row< 64, 32, 2, 4, 2, 6, 2> {};
+template <fa_variant V> struct backward_tile< 96, V, false>        : backward_row< 64, 32, 2, 4, 2, 6, 2> {};
+template <>             struct backward_tile< 96, FA_PLAIN, false> : backward_row< 64, 64, 2, 4, 2, 6, 2> {};
 template <fa_variant V> struct backward_tile<128, V, false>        : backward_row< 64, 64, 2, 8, 4, 4, 1> {};  /* 113 */
 template <>             struct backward_tile<128, FA_PLAIN, false> : backward_row< 64, 128, 2, 8, 2, 4, 1> {}; /* 161 */
 template <fa_variant V> struct backward_tile<192, V, false>        : backward_row< 64, 64, 2, 8, 4, 6, 1> {};  /* 161 */
 template <fa_variant V> struct backward_tile<256, V, false>        : backward_row< 64, 64, 2, 8, 4, 4, 1> {};  /* 209 */
 template <fa_variant V> struct backward_tile<128, V, true>         : backward_row< 32, 64, 2, 4, 2, 4, 2> {};
-template <fa_variant V> struct backward_tile<192, V, true>         : backward_row< 64, 32, 1, 4, 4, 6, 1> {};
+template <fa_variant V> struct backward_tile<192, V, true>         : backward_row< 32, 32, 1, 4, 2, 6, 1> {};
 template <fa_variant V> struct backward_tile<256, V, true>         : backward_row< 32, 32, 1, 4, 2, 4, 1> {};
 
 /* fp32, for every device. A warp has 16 or 32 queries forward, 16 keys backward; see fp32_backward.cuh for D = 256. */

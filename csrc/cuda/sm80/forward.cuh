@@ -366,10 +366,11 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     {
         const int i_end = min(i0 + BLOCK_M, seq.sq) - 1;
         const int whole_first = (first_key(a, seq, i_end) + BLOCK_N - 1) / BLOCK_N, whole_last = max(last_key(a, seq, i0), 0) / BLOCK_N;
+        int n = tile_after(n_last), stage = (uint32_t)n % STAGES;
+        if (n < n_first) return;                    /* no key is visible; Q must not arrive where O will lie */
         load_queries();
         k_at = place(a.p.k, n_last - 1);
         v_at = place(a.p.v, n_last - 1);
-        int n = tile_after(n_last), stage = (uint32_t)n % STAGES;
         load_k<true>(n, stage);
         if (STAGES > 1) load_v<true>(n, stage);
         cp_async_commit();

@@ -130,6 +130,7 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
     {
         __syncwarp();
         if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared + barrier);
+        __syncwarp();                           /* bar.sync and wgmma want a warp's lanes together */
     }
 
     /* Rows of a tile from `rows` on become 0: TMA brought what lies behind the sequence. All consumers together. */
@@ -141,6 +142,7 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
             for (int at = rows * 128 + (threadIdx.x - 128) * 16; at < ROWS * 128; at += CONSUMERS * 16)
                 store_shared_16(tile + p * ROWS * 128 + at, make_uint4(0, 0, 0, 0));
         fence_proxy_async();
+        __syncwarp();
         barrier_sync(ALL, CONSUMERS);
     }
 
