@@ -6,7 +6,7 @@ Both sides are held to one instruction set: the script starts itself again with 
 oneDNN in the environment, and refuses to measure if the caps did not take. GFLOP/s count 4 h S^2 d for the
 forward pass, half of it if causal, and 2.5 times that for the backward pass, whatever an implementation
 really computes. Results go to benchmarks/results/cpu-<isa>-<cpu>.json and .png; with --quick, a small grid to
-try the script, to build/; with --masks, only what biases and masks cost, to cpu-masks-<isa>-<cpu>.json.
+try the script, to build/; with --masks, only what biases and masks cost, to masks-<isa>-<cpu>.json.
 """
 
 import argparse
@@ -572,7 +572,7 @@ def main():
     if arguments.masks:
         results = {**harness.describe(), "isa": arguments.isa, "caps": CAPS[arguments.isa]}
         results["masks"] = measure_masks((1,), 0.3)
-        name = f"cpu-masks-{arguments.isa}-{harness.short_name(results['machine'])}.json"
+        name = f"masks-{arguments.isa}-{harness.short_name(results['machine'])}.json"
         return harness.write_json(harness.RESULTS / name, results)
     results = measure(arguments.isa, arguments.quick)
     print_summary(results)
