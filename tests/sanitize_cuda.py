@@ -6,8 +6,9 @@ starts itself under each of the four tools with every n-th call, without torch's
 is an allocation of its own.
 
 Two reports on sm90_backward_kernel are known and false. racecheck: each write it names is a UBLKCP in the SASS, the bulk copy
-of lse2 or delta, whose mbarrier the readers wait for; it does not follow bulk copies that are no tensor's. synccheck, d 192 and
-256: both warpgroups do reach barrier ALL, with all their threads, but at a place of its own in each one's code.
+of lse2 or delta, whose mbarrier the readers wait for; it does not follow bulk copies that are no tensor's. synccheck, d 192: both
+warpgroups do reach barrier ALL, with all their threads, but at a place of its own in each one's code. It stops there, so d 256,
+whose code is the same, is not checked by it.
 """
 
 import argparse
