@@ -24,8 +24,7 @@ import training
 from bert import train as bert
 from gpt2 import train as gpt2
 
-MODELS = {"gpt2": gpt2, "bert": bert}
-DATA = {"gpt2": "data/stdlib", "bert": "data/stdlib-wordpiece"}
+MODELS = {"gpt2": gpt2.COMMAND, "bert": bert.COMMAND}
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 BARS = {"float32": 1e-3, "bfloat16": 1e-2}              # largest mean |difference| in nats per token
 ATTENTIONS = ("flash", "standard")
@@ -103,13 +102,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--data", help="default: " + " or ".join(DATA.values()))
+    parser.add_argument("--data", help="default: " + " or ".join(command.folder for command in MODELS.values()))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     arguments = parser.parse_args()
-    arguments.data = arguments.data or DATA[arguments.model]
+    arguments.data = arguments.data or MODELS[arguments.model].folder
     with tempfile.TemporaryDirectory() as out:
         results = without_dropout(arguments, out) | {"dropout": with_dropout(arguments, out)}
     meta = json.loads(Path(arguments.data, "meta.json").read_text())

@@ -28,8 +28,7 @@ import training
 from bert import train as bert
 from gpt2 import train as gpt2
 
-MODELS = {"gpt2": gpt2, "bert": bert}
-NAMES = {"gpt2": "GPT-2", "bert": "BERT"}
+MODELS = {"gpt2": gpt2.COMMAND, "bert": bert.COMMAND}
 ATTENTIONS = ("flash", "sdpa", "standard")
 COLORS = {"flash": "#1f4e79", "sdpa": "#c55a11", "standard": "#7f7f7f"}
 BATCH = {"gpt2": 32, "bert": 64}                # sequences a step
@@ -38,8 +37,8 @@ UNTIMED = 3                                     # first steps: memory pools fill
 
 def case(text):
     model, _, preset = text.partition(":")
-    if model not in MODELS or preset not in MODELS[model].PRESETS:
-        known = (f"{name}:{preset}" for name, module in MODELS.items() for preset in module.PRESETS)
+    if model not in MODELS or preset not in MODELS[model].presets:
+        known = (f"{name}:{preset}" for name, command in MODELS.items() for preset in command.presets)
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(known)}")
     return model, preset
 
@@ -112,7 +111,7 @@ def plot(cells, losses, title, path):
                     else f"{cell['tokens_per_s']:,} tokens/s")
             curve = losses[f"{model}:{preset}:{name}"]
             axes.plot(range(1, len(curve) + 1), curve, color=COLORS[name], lw=1.2, label=f"{name}, {rate}")
-        axes.set(title=f"{NAMES[model]} {preset}, context {group[0]['context']}", xlabel="step",
+        axes.set(title=f"{MODELS[model].name} {preset}, context {group[0]['context']}", xlabel="step",
                  ylabel="training loss (nats per token)")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)

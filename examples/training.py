@@ -1,6 +1,6 @@
-"""The training run that GPT-2 and BERT share: optimiser, schedule, exact resume, logs and plot.
+"""The training command that GPT-2 and BERT share: optimiser, schedule, exact resume, logs and plot.
 
-A model here is a module with a `config` whose forward(*batch) is its loss; draw(split, rng) makes a batch.
+A model here is a module made of a Config whose forward(*batch) is its loss; draw(split, rng) makes a batch.
 All that is random in a micro-batch, its data and its dropout, is seeded by (seed, step, micro-batch). So a
 checkpoint holds no generator state: a run resumed after a kill repeats itself bit for bit, and two processes
 draw what one process with twice the accumulation draws.
@@ -8,6 +8,7 @@ draw what one process with twice the accumulation draws.
 The folder --out holds checkpoint.pt (replaced at once, never half written), log.jsonl (a record a step),
 loss.png and TensorBoard's events.
 """
+import argparse
 import contextlib
 import gc
 import json
@@ -16,14 +17,23 @@ import os
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
+
+from data import vocabulary
+from layers import Config
+
+try:
+    from tqdm import tqdm
+    say = tqdm.write
+except ImportError:                                 # then a run has no bar, and a line a validation
+    tqdm, say = None, print
 
 
 # Arguments
@@ -193,6 +203,14 @@ def load_checkpoint(path):
         sys.exit(f"error: {path} is cut short or no checkpoint: restore a copy, or delete it and start again")
 
 
+def load_trained(out, model):
+    """The model that a run left in its folder, and the vocabulary of its data."""
+    checkpoint = load_checkpoint(Path(out, "checkpoint.pt"))
+    trained = model(Config(**checkpoint["config"]))
+    trained.load_state_dict(checkpoint["model"])
+    return trained, vocabulary.load(checkpoint["arguments"]["data"])
+
+
 def read_log(path):
     """The log's records; a last line that a kill cut short is not one."""
     records = []
@@ -210,7 +228,7 @@ class Log:
         self.drop_after(step)
         self.file = open(self.path, "a")
         self.board = self.open_board(out / "tensorboard", step)
-        self.bar = tqdm(initial=step, total=planned, unit="step", disable=None, dynamic_ncols=True)
+        self.bar = tqdm and tqdm(initial=step, total=planned, unit="step", disable=None, dynamic_ncols=True)
         self.val_loss = None
 
     def drop_after(self, step):
@@ -224,7 +242,7 @@ class Log:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            tqdm.write("no TensorBoard events (pip install tensorboard): log.jsonl and loss.png have it all")
+            say("no TensorBoard events (pip install tensorboard): log.jsonl and loss.png have it all")
             return None
         threading.excepthook = writer_thread_failed
         return SummaryWriter(folder, purge_step=step + 1)
@@ -236,15 +254,17 @@ class Log:
             for name in record.keys() - {"step", "time"}:
                 self.board.add_scalar(name, record[name], record["step"])
         self.val_loss = record.get("val_loss", self.val_loss)
-        self.bar.total = planned
-        self.bar.set_postfix_str(summary(record | {"val_loss": self.val_loss}), refresh=False)
-        self.bar.update()
+        if self.bar is not None:
+            self.bar.total = planned
+            self.bar.set_postfix_str(summary(record | {"val_loss": self.val_loss}), refresh=False)
+            self.bar.update()
         if "val_loss" in record:
-            tqdm.write(f"step {record['step']:5d}  {summary(record)}")
+            say(f"step {record['step']:5d}  {summary(record)}")
 
     def close(self):
-        self.bar.close()
         self.file.close()
+        if self.bar is not None:
+            self.bar.close()
         if self.board:
             self.board.close()
 
@@ -429,3 +449,70 @@ class Run:
         total = sum(self.loss(self.draw("val", np.random.default_rng(i))).item() for i in mine)
         self.model.train()
         return self.world.mean(total) * self.world.size / self.arguments.eval_batches
+
+
+# The command
+
+@dataclass
+class Command:
+    """`train.py` of a model: what it is told, the run, and what is to be seen of it at the end."""
+    about: str
+    name: str                                       # in the plot's title
+    model: type
+    presets: dict                                   # {name: shape of the model}
+    recipes: dict                                   # {name: arguments unless the command line says otherwise}
+    attentions: dict
+    folder: str                                     # of its data
+    context: str                                    # what --context means
+    draw: Callable                                  # (tokens, meta, batch, context) -> draw(split, rng)
+    shown: str                                      # the file of the text that is
+    show: Callable                                  # (run, vocabulary) -> text
+    load: Callable = load_tokens                    # (folder, context) -> (tokens, meta)
+    options: dict = field(default_factory=dict)     # of its own: {"--name": what add_argument takes}
+
+    def setup(self, words):
+        """(the run that the command line describes, ready to train, and what its data says of itself)."""
+        parser = argparse.ArgumentParser(description=self.about,
+                                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--preset", default="tiny", choices=self.presets)
+        parser.add_argument("--attention", default="flash", choices=self.attentions)
+        parser.add_argument("--context", type=positive, help=self.context)
+        for option, settings in self.options.items():
+            parser.add_argument(option, **settings)
+        add_arguments(parser, self.folder)
+        arguments, checkpoint = parse(parser, words, self.recipes)
+
+        tokens, meta = self.load(arguments.data, arguments.context)
+        torch.manual_seed(arguments.seed)
+        model = self.model(Config(meta["vocab_size"], arguments.context, **self.presets[arguments.preset],
+                                  dropout=arguments.dropout, attention=arguments.attention))
+        world = World.join(arguments.device)
+        draw = self.draw(tokens, meta, arguments.batch, arguments.context)
+        return Run(model, draw, arguments, checkpoint, world), meta
+
+    def run(self, words=None):
+        """Trains as the command line says."""
+        run, meta = self.setup(words)
+        run.train()
+        run.leave()
+        return run, meta
+
+    def report(self, run, meta):
+        """After the run: the curve, a text, and how far below the unigram entropy the model came."""
+        arguments, entropy = run.arguments, meta["unigram_entropy"]
+        title = f"{self.name} {arguments.preset}, {arguments.attention} attention, {arguments.dtype}"
+        plot_loss(run.out, f"{title}: {meta['source']}", entropy)
+        text = self.show(run, vocabulary.load(arguments.data))
+        (run.out / self.shown).write_text(text + "\n")
+        val_loss = read_log(run.out / "log.jsonl")[-1]["val_loss"]
+        print(f"\n{text}\n\nvalidation loss {val_loss:.4f}, {entropy - val_loss:.4f} below the unigram entropy "
+              f"{entropy:.4f}\n{run.out / 'loss.png'} has the curve, {run.out / self.shown} the text above")
+
+    def main(self, words=None):
+        run, meta = self.run(words)
+        if run.world.rank == 0:
+            try:
+                self.report(run, meta)
+            except OSError as error:
+                sys.exit(f"error: cannot write to {run.out} ({error.strerror}): free the disk; then "
+                         f"--resume plots the loss")

@@ -6,9 +6,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bert.model import BERT, Config
-from data import vocabulary
-from training import load_checkpoint
+from bert.model import BERT
+from training import load_trained
 
 
 @torch.no_grad()
@@ -58,10 +57,7 @@ def main():
     parser.add_argument("text", help="with one [MASK] or more")
     parser.add_argument("--top", type=int, default=5, help="tokens to list for each mask")
     arguments = parser.parse_args()
-    checkpoint = load_checkpoint(Path(arguments.run, "checkpoint.pt"))
-    model = BERT(Config(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
-    words = vocabulary.load(checkpoint["arguments"]["data"])
+    model, words = load_trained(arguments.run, BERT)
     for guesses in fill(model, words, arguments.text, arguments.top):
         print("  ".join(f"{token} {p:.0%}" for token, p in guesses))
 

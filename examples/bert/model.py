@@ -1,38 +1,29 @@
-"""BERT, whole and readable: the model that shows what it takes to never compute on padding.
+"""BERT, readable: the model that shows what it takes to never compute on padding.
 
 Devlin et al. 2018: post-layer-norm blocks, learned positions and segments, GELU, and a head that predicts
-masked tokens with the matrix that reads them. The T tokens of B sequences stand in a row, one sequence
-after the other. With flash attention they stay so through the whole model. The other attentions need a
-rectangle: the model pads what it reads to B sequences of S tokens, the longest of the batch, and takes
-the tokens out again at the end.
+masked tokens with the matrix that reads them; layers.py beside this folder has what it shares with GPT-2.
+
+The T tokens of B sequences stand in a row, one sequence after the other. With flash attention they stay so
+through the whole model. The other attentions need a rectangle: the model pads what it reads to B sequences
+of S tokens, the longest of the batch, and takes the tokens out again at the end.
 
 Shapes at the right: (..., C) is (T, C) or (B, S, C); H heads of D channels, C = H * D; M masked tokens, V
 ids.
 """
 import math
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from layers import Attention, Config, FeedForward, initialise
+
 PRESETS = {
     "tiny":  dict(layers=2,  heads=2,  width=128),              # two minutes on two CPU cores
     "base":  dict(layers=12, heads=12, width=768),              # 109,514,298 parameters with 30,522 ids
     "large": dict(layers=24, heads=16, width=1024),             # 335,174,458
 }
-
-
-@dataclass
-class Config:
-    vocabulary: int
-    context: int
-    layers: int
-    heads: int
-    width: int
-    dropout: float = 0.0
-    attention: str = "flash"
 
 
 class Sequences:
@@ -83,36 +74,12 @@ def sdpa_attention(qkv, sequences, dropout):
 ATTENTION = {"flash": flash_attention, "standard": standard_attention, "sdpa": sdpa_attention}
 
 
-class Attention(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.heads, self.dropout = config.heads, config.dropout
-        self.attend = ATTENTION[config.attention]
-        self.project_in = nn.Linear(config.width, 3 * config.width)
-        self.project_out = nn.Linear(config.width, config.width)
-
-    def forward(self, x, sequences):                            # (..., C)
-        qkv = self.project_in(x).unflatten(-1, (3, self.heads, -1))                         # (..., 3, H, D)
-        heads = self.attend(qkv, sequences, self.dropout if self.training else 0.0)         # (..., H, D)
-        return F.dropout(self.project_out(heads.flatten(-2)), self.dropout, self.training)
-
-
-class FeedForward(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.dropout = config.dropout
-        self.project_in = nn.Linear(config.width, 4 * config.width)
-        self.project_out = nn.Linear(4 * config.width, config.width)
-
-    def forward(self, x):
-        return F.dropout(self.project_out(F.gelu(self.project_in(x))), self.dropout, self.training)
-
-
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.attention, self.attention_norm = Attention(config), layer_norm(config)
-        self.feed_forward, self.feed_forward_norm = FeedForward(config), layer_norm(config)
+        attend = ATTENTION[config.attention]
+        self.attention, self.attention_norm = Attention(config, attend), layer_norm(config)
+        self.feed_forward, self.feed_forward_norm = FeedForward(config, F.gelu), layer_norm(config)
 
     def forward(self, x, sequences):
         x = self.attention_norm(x + self.attention(x, sequences))
@@ -145,14 +112,7 @@ class BERT(nn.Module):
         self.norm = layer_norm(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = Head(config)
-        self.apply(self._initialise)
-
-    @staticmethod
-    def _initialise(module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
+        self.apply(initialise)
 
     def encode(self, ids, segments, cu_seqlens, longest):       # (T,), (T,), (B + 1,) int32, S
         """The last hidden states (T, C); a token sees its own sequence."""

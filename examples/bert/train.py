@@ -4,7 +4,6 @@
     train.py --resume --out runs/bert-tiny      # after a kill: the same run from its last checkpoint on
     torchrun --nproc-per-node 8 train.py --preset base --accumulate 1 --dtype bfloat16 --out runs/bert-base
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,10 +13,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import training
 from bert.fill import show_fills
-from bert.model import ATTENTION, BERT, PRESETS, Config
-from data import vocabulary
+from bert.model import ATTENTION, BERT, PRESETS
 
-RECIPES = {             # what a preset is trained with unless the command line says otherwise
+RECIPES = {
     "tiny":  dict(batch=16, context=128, lr=2e-3, warmup=100, minutes=2.0, eval_every=100),
     "base":  dict(batch=32, context=512, lr=1e-4, warmup=10_000, steps=1_000_000, accumulate=8, dropout=0.1),
     "large": dict(batch=16, context=512, lr=1e-4, warmup=10_000, steps=1_000_000, accumulate=16, dropout=0.1),
@@ -91,7 +89,7 @@ def batches(tokens, meta, batch, context):
     return draw
 
 
-# The run
+# The command
 
 def load_data(folder, context):
     """(tokens, meta) of a folder that BERT can train on."""
@@ -105,57 +103,13 @@ def load_data(folder, context):
     return tokens, meta
 
 
-def setup(words):
-    """(the run that the command line `words` describes, ready to train, and what its data says of itself)."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="tiny", choices=PRESETS)
-    parser.add_argument("--attention", default="flash", choices=ATTENTION)
-    parser.add_argument("--context", type=training.positive, help="tokens of the longest sequence")
-    training.add_arguments(parser, data="data/stdlib-wordpiece")
-    arguments, checkpoint = training.parse(parser, words, RECIPES)
-
-    tokens, meta = load_data(arguments.data, arguments.context)
-    torch.manual_seed(arguments.seed)
-    model = BERT(Config(meta["vocab_size"], arguments.context, **PRESETS[arguments.preset],
-                        dropout=arguments.dropout, attention=arguments.attention))
-    world = training.World.join(arguments.device)
-    draw = batches(tokens, meta, arguments.batch, arguments.context)
-    return training.Run(model, draw, arguments, checkpoint, world), meta
+def fills(run, words):
+    return show_fills(run.model, words, run.draw("val", np.random.default_rng(run.arguments.seed)))
 
 
-def run(words):
-    """Trains as the command line says."""
-    started, meta = setup(words)
-    started.train()
-    started.leave()
-    return started, meta
-
-
-def report(run, meta):
-    """After the run: the curve, masks filled in, and how far below the unigram entropy the model came."""
-    model, arguments = run.model, run.arguments
-    out = Path(arguments.out)
-    title = f"BERT {arguments.preset}, {arguments.attention} attention, {arguments.dtype}: {meta['source']}"
-    training.plot_loss(out, title, meta["unigram_entropy"])
-    batch = run.draw("val", np.random.default_rng(arguments.seed))
-    text = show_fills(model, vocabulary.load(arguments.data), batch)
-    (out / "filled.txt").write_text(text + "\n")
-    val_loss = training.read_log(out / "log.jsonl")[-1]["val_loss"]
-    print(f"\n{text}\n\nvalidation loss {val_loss:.4f}, {meta['unigram_entropy'] - val_loss:.4f} below the "
-          f"unigram entropy {meta['unigram_entropy']:.4f}\n"
-          f"{out / 'loss.png'} has the curve, {out / 'filled.txt'} the text above")
-
-
-def main(words=None):
-    finished, meta = run(words)
-    if finished.world.rank == 0:
-        try:
-            report(finished, meta)
-        except OSError as error:
-            sys.exit(f"error: cannot write to {finished.out} ({error.strerror}): free the disk; then "
-                     f"--resume plots the loss")
-
+COMMAND = training.Command(
+    __doc__, "BERT", BERT, PRESETS, RECIPES, ATTENTION, folder="data/stdlib-wordpiece",
+    context="tokens of the longest sequence", load=load_data, draw=batches, shown="filled.txt", show=fills)
 
 if __name__ == "__main__":
-    main()
+    COMMAND.main()

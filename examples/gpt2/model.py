@@ -1,31 +1,24 @@
-"""GPT-2, whole and readable: the model that shows what flash_attn changes in a script, one function call.
+"""GPT-2, readable: the model that shows what flash_attn changes in a script, one function call.
 
 Radford et al. 2019: pre-layer-norm blocks, learned positions, tanh-GELU, one matrix that reads and predicts
-tokens. Shapes at the right: B sequences of S tokens, H heads of D channels, C = H * D, V token ids.
+tokens; layers.py beside this folder has what it shares with BERT.
+
+Shapes at the right: B sequences of S tokens, H heads of D channels, C = H * D, V token ids.
 """
 import math
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from layers import Attention, Config, FeedForward, initialise
 
 PRESETS = {
     "tiny":   dict(layers=4,  heads=3,  width=192),             # two minutes on two CPU cores
     "small":  dict(layers=12, heads=12, width=768),             # 124,439,808 parameters with 50,257 ids
     "medium": dict(layers=24, heads=16, width=1024),            # 354,823,168
 }
-
-
-@dataclass
-class Config:
-    vocabulary: int
-    context: int
-    layers: int
-    heads: int
-    width: int
-    dropout: float = 0.0
-    attention: str = "flash"
 
 
 def flash_attention(qkv, dropout):                              # (B, S, 3, H, D)
@@ -48,39 +41,14 @@ def sdpa_attention(qkv, dropout):
 
 
 ATTENTION = {"flash": flash_attention, "standard": standard_attention, "sdpa": sdpa_attention}
-
-
-class Attention(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.heads, self.dropout = config.heads, config.dropout
-        self.attend = ATTENTION[config.attention]
-        self.project_in = nn.Linear(config.width, 3 * config.width)
-        self.project_out = nn.Linear(config.width, config.width)
-
-    def forward(self, x):                                       # (B, S, C)
-        qkv = self.project_in(x).unflatten(-1, (3, self.heads, -1))             # (B, S, 3, H, D)
-        heads = self.attend(qkv, self.dropout if self.training else 0.0)        # (B, S, H, D)
-        return F.dropout(self.project_out(heads.flatten(2)), self.dropout, self.training)
-
-
-class FeedForward(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.dropout = config.dropout
-        self.project_in = nn.Linear(config.width, 4 * config.width)
-        self.project_out = nn.Linear(4 * config.width, config.width)
-
-    def forward(self, x):
-        hidden = F.gelu(self.project_in(x), approximate="tanh")                 # (B, S, 4 C)
-        return F.dropout(self.project_out(hidden), self.dropout, self.training)
+GELU = partial(F.gelu, approximate="tanh")
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.attention_norm, self.attention = nn.LayerNorm(config.width), Attention(config)
-        self.feed_forward_norm, self.feed_forward = nn.LayerNorm(config.width), FeedForward(config)
+        self.attention_norm, self.attention = nn.LayerNorm(config.width), Attention(config, ATTENTION[config.attention])
+        self.feed_forward_norm, self.feed_forward = nn.LayerNorm(config.width), FeedForward(config, GELU)
 
     def forward(self, x):
         x = x + self.attention(self.attention_norm(x))
@@ -95,17 +63,10 @@ class GPT2(nn.Module):
         self.positions = nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
-        self.apply(self._initialise)
+        self.apply(initialise)
         for name, weight in self.named_parameters():
             if name.endswith("project_out.weight"):             # 2 * layers of them add up in a residual
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.layers))
-
-    @staticmethod
-    def _initialise(module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
 
     def logits(self, ids):                                      # (B, S)
         positions = torch.arange(ids.shape[1], device=ids.device)

@@ -6,9 +6,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import vocabulary
-from gpt2.model import GPT2, Config
-from training import load_checkpoint
+from gpt2.model import GPT2
+from training import load_trained
 
 
 def write_text(model, words, prompt, length, temperature=0.8, top_k=50):
@@ -28,11 +27,8 @@ def main():
     parser.add_argument("--top-k", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    checkpoint = load_checkpoint(Path(arguments.run, "checkpoint.pt"))
-    model = GPT2(Config(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
+    model, words = load_trained(arguments.run, GPT2)
     torch.manual_seed(arguments.seed)
-    words = vocabulary.load(checkpoint["arguments"]["data"])
     print(write_text(model, words, arguments.prompt, arguments.length, arguments.temperature,
                      arguments.top_k))
 
