@@ -67,7 +67,7 @@ sanitize: $(VENV)/installed
 
 # On the installed package, whatever python has it: a wheel made elsewhere serves.
 gpu-test:
-	PYTHONPATH=tests pytest -q -p gpu_report --device cuda --shard $(SHARD) --report $(REPORT) tests
+	PYTHONPATH=tests$${PYTHONPATH:+:$$PYTHONPATH} pytest -q -p gpu_report --device cuda --shard $(SHARD) --report $(REPORT) tests
 
 gpu-sanitize:
 	$(PYTHON) tests/sanitize_cuda.py --shard $(SHARD) --report $(REPORT)

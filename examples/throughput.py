@@ -97,7 +97,11 @@ def line(cell, cells):
 
 
 def plot(cells, losses, title, path):
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no {path.name} (pip install matplotlib): the numbers are in the .json beside it")
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

@@ -1,13 +1,12 @@
 """BERT's training script: the result is that of padding, masks are the paper's, runs survive a kill."""
-import json
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from training_runs import EXAMPLES, SHORT, check_resume_after_a_kill, one_thread, records
-import training
+from training_runs import (EXAMPLES, SHORT, VERY_SMALL, check_resume_after_a_kill,
+                           check_that_flash_trains_like_standard, loss_after, one_thread)
 import training_runs
 from bert import fill, model, train
 from data import prepare
@@ -20,6 +19,7 @@ LENGTHS = [17, 3, 64, 1, 40]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
+    pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("data")
     prepare.main(["text", "--source", str(EXAMPLES), "--vocab", "wordpiece:400", "--out", str(folder)])
     return folder
@@ -110,31 +110,29 @@ def test_base_and_large_have_the_published_sizes():
         assert sum(p.numel() for p in bert.parameters()) == size
 
 
-def recall_loss(attend, steps=100, batch=32, half=4, vocabulary=12):
+def recall_loss(attend, device, steps=100, batch=32, half=4, vocabulary=12):
     """A two-layer model's loss, after training, on sequences that repeat a half, one of each pair masked."""
     torch.manual_seed(0)
-    bert = model.BERT(model.Config(vocabulary, 2 * half, layers=2, heads=2, width=64))
-    for block in bert.blocks:
-        block.attention.attend = attend
-    adam = training.optimiser(bert, 3e-3, 0.0)
+    bert = model.BERT(model.Config(vocabulary, 2 * half, layers=2, heads=2, width=64)).to(device)
     cu_seqlens = torch.arange(0, 2 * half * batch + 1, 2 * half, dtype=torch.int32)
-    for _ in range(steps):
+
+    def loss():
         text = torch.randint(1, vocabulary, (batch, half)).repeat(1, 2)                     # (B, 2 * half)
         places = torch.arange(half) + half * torch.randint(2, (batch, half))
         ids = text.scatter(1, places, 0).flatten()
         masked = (torch.arange(batch)[:, None] * 2 * half + places).flatten()               # (B * half,)
-        loss = bert(ids, torch.zeros_like(ids), cu_seqlens, 2 * half, masked, text.flatten()[masked])
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    return loss.item()
+        ids, marks, starts, masked, targets = (
+            x.to(device) for x in (ids, torch.zeros_like(ids), cu_seqlens, masked, text.flatten()[masked]))
+        return bert(ids, marks, starts, 2 * half, masked, targets)
+
+    return loss_after(steps, bert, attend, loss)
 
 
-def test_learns_to_fill_masks_through_attention_only():
+def test_learns_to_fill_masks_through_attention_only(device):
     attend = model.ATTENTION["flash"]
-    assert recall_loss(attend) < 0.1
-    assert recall_loss(lambda *given: attend(*given).detach()) > 1.0
-    assert recall_loss(lambda *given: torch.zeros_like(attend(*given))) > 1.0
+    assert recall_loss(attend, device) < 0.1
+    assert recall_loss(lambda *given: attend(*given).detach(), device) > 1.0
+    assert recall_loss(lambda *given: torch.zeros_like(attend(*given)), device) > 1.0
 
 
 # Batches
@@ -196,6 +194,10 @@ def test_sequences_are_text_between_their_ends(data, context):
 
 # Runs
 
+def test_flash_trains_like_standard_attention(data, tmp_path, device, monkeypatch):
+    check_that_flash_trains_like_standard(train.COMMAND, data, tmp_path, device, monkeypatch)
+
+
 def test_resumes_bit_for_bit_after_a_kill(data, tmp_path):
     check_resume_after_a_kill(TRAIN, ["--data", str(data), *SHORT], tmp_path, steps=30)
 
@@ -203,13 +205,14 @@ def test_resumes_bit_for_bit_after_a_kill(data, tmp_path):
 @pytest.fixture
 def run(data, tmp_path, monkeypatch, capsys):
     """A finished four-step run of a very small model, and a way to call the script on it."""
-    monkeypatch.setitem(model.PRESETS, "tiny", dict(layers=2, heads=2, width=32))
+    monkeypatch.setitem(model.PRESETS, "tiny", VERY_SMALL)
     out = tmp_path / "run"
-    train.main(["--data", str(data), *SHORT, "--device", "cpu", "--steps", "4", "--out", str(out)])
+    train.COMMAND.main(["--data", str(data), *SHORT, "--device", "cpu", "--steps", "4", "--out", str(out)])
     return out, capsys.readouterr().out
 
 
 def test_a_run_leaves_curve_fills_and_a_model_that_fills(run, data, capsys):
+    pytest.importorskip("matplotlib")
     out, printed = run
     assert (out / "loss.png").stat().st_size and (out / "filled.txt").read_text().strip() in printed
     count = int(printed.split(" right:")[0].split(" ")[-1])
@@ -223,12 +226,12 @@ def test_a_run_leaves_curve_fills_and_a_model_that_fills(run, data, capsys):
 
 
 def complaint(*words):
-    return training_runs.complaint(train.main, "--device", "cpu", *words)
+    return training_runs.complaint(train.COMMAND, "--device", "cpu", *words)
 
 
 def test_unknown_preset(capsys):
     with pytest.raises(SystemExit):
-        train.main(["--preset", "huge", "--out", "nowhere"])
+        train.COMMAND.main(["--preset", "huge", "--out", "nowhere"])
     assert "invalid choice: 'huge'" in capsys.readouterr().err
 
 
@@ -255,6 +258,7 @@ def test_texts_that_cannot_be_filled(data):
 # Vocabulary
 
 def test_wordpiece_keeps_text_paragraphs_and_sections(tmp_path):
+    pytest.importorskip("tokenizers")
     text = "One two, three.\n\ntwo  THREE\n\n\n\nthree\n"
     words = WordPiece.train([text * 50], 300)
     end, cls = words.end, words.marks["[CLS]"]
@@ -268,6 +272,7 @@ def test_wordpiece_keeps_text_paragraphs_and_sections(tmp_path):
 
 
 def test_vocab_txt_gives_its_own_ids(tmp_path):
+    pytest.importorskip("tokenizers")
     path = tmp_path / "vocab.txt"
     path.write_text("\n".join(["[PAD]", "un", "##do", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "it"]))
     words = WordPiece.read(path)

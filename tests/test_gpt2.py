@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training_runs import EXAMPLES, ONE_THREAD, SHORT, check_resume_after_a_kill, one_thread, records
-import training
+from training_runs import (EXAMPLES, ONE_THREAD, SHORT, VERY_SMALL, check_resume_after_a_kill,
+                           check_that_flash_trains_like_standard, loss_after, one_thread, records)
 import training_runs
 from data import prepare
 from data.vocabulary import load
@@ -32,40 +32,36 @@ def data(tmp_path_factory):
 
 # Learning
 
-def copy_loss(attend, steps=150, batch=32, half=12, vocabulary=16):
+def copy_loss(attend, device, steps=150, batch=32, half=12, vocabulary=16):
     """A two-layer model's loss, after training, on the second half of sequences that repeat a random half."""
     torch.manual_seed(0)
-    gpt = model.GPT2(model.Config(vocabulary, 2 * half, layers=2, heads=2, width=64))
-    for block in gpt.blocks:
-        block.attention.attend = attend
-    adam = training.optimiser(gpt, 3e-3, 0.0)
-    for _ in range(steps):
-        ids = torch.randint(vocabulary, (batch, half)).repeat(1, 2)                     # (B, 2 * half)
+    gpt = model.GPT2(model.Config(vocabulary, 2 * half, layers=2, heads=2, width=64)).to(device)
+
+    def loss():
+        ids = torch.randint(vocabulary, (batch, half)).repeat(1, 2).to(device)          # (B, 2 * half)
         logits = gpt.logits(ids)[:, half - 1:-1]                                        # (B, half, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, half:].flatten())
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    return loss.item()
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, half:].flatten())
+
+    return loss_after(steps, gpt, attend, loss)
 
 
 @pytest.mark.parametrize("attention", ["flash", "standard"])
-def test_learns_to_copy_through_attention(attention):
-    assert copy_loss(model.ATTENTION[attention]) < 0.05
+def test_learns_to_copy_through_attention(attention, device):
+    assert copy_loss(model.ATTENTION[attention], device) < 0.05
 
 
 @pytest.mark.parametrize("attention", ["flash", "standard"])
 @pytest.mark.parametrize("harm", [torch.zeros_like, torch.Tensor.detach], ids=["no output", "no gradients"])
-def test_cannot_copy_without_attention(attention, harm):
+def test_cannot_copy_without_attention(attention, harm, device):
     attend = model.ATTENTION[attention]
-    assert copy_loss(lambda qkv, dropout: harm(attend(qkv, dropout))) > 1.0
+    assert copy_loss(lambda qkv, dropout: harm(attend(qkv, dropout)), device) > 1.0
 
 
-def test_flash_and_standard_agree_on_loss_and_gradients():
-    ids, results = torch.randint(100, (2, 65)), {}
+def test_flash_and_standard_agree_on_loss_and_gradients(device):
+    ids, results = torch.randint(100, (2, 65), device=device), {}
     for attention in ("flash", "standard"):
         torch.manual_seed(0)
-        gpt = model.GPT2(model.Config(100, 64, layers=2, heads=2, width=64, attention=attention))
+        gpt = model.GPT2(model.Config(100, 64, layers=2, heads=2, width=64, attention=attention)).to(device)
         loss = gpt(ids[:, :-1], ids[:, 1:])
         loss.backward()
         results[attention] = loss.item(), [p.grad for p in gpt.parameters()]
@@ -85,16 +81,20 @@ def test_small_and_medium_have_the_published_sizes():
 
 # Runs
 
+def test_flash_trains_like_standard_attention(data, tmp_path, device, monkeypatch):
+    check_that_flash_trains_like_standard(train.COMMAND, data, tmp_path, device, monkeypatch)
+
+
 def test_resumes_bit_for_bit_after_a_kill(data, tmp_path):
     check_resume_after_a_kill(TRAIN, ["--data", str(data), *SHORT], tmp_path)
 
 
 def test_two_processes_train_as_one_with_twice_the_accumulation(data, tmp_path):
-    arguments = ["--data", str(data), *SHORT, "--steps", "6", "--dropout", "0.1", "--out"]
+    arguments = ["--data", str(data), *SHORT, "--device", "cpu", "--steps", "6", "--dropout", "0.1", "--out"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*torchrun, TRAIN, *arguments, str(tmp_path / "two")], env=ONE_THREAD, check=True,
                    stdout=subprocess.DEVNULL)
-    train.main([*arguments, str(tmp_path / "one"), "--accumulate", "2"])
+    train.COMMAND.main([*arguments, str(tmp_path / "one"), "--accumulate", "2"])
     for two, one in zip(records(tmp_path / "two"), records(tmp_path / "one"), strict=True):
         assert two == pytest.approx(one, rel=1e-4)
 
@@ -104,14 +104,14 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(data, tmp_path):
 @pytest.fixture
 def run(data, tmp_path, monkeypatch):
     """A finished four-step run of a very small model, and a way to call the script on it."""
-    monkeypatch.setitem(model.PRESETS, "tiny", dict(layers=2, heads=2, width=32))
+    monkeypatch.setitem(model.PRESETS, "tiny", VERY_SMALL)
     out = tmp_path / "run"
-    train.main(["--data", str(data), *SHORT, "--steps", "4", "--out", str(out)])
+    train.COMMAND.main(["--data", str(data), *SHORT, "--device", "cpu", "--steps", "4", "--out", str(out)])
     return out
 
 
 def complaint(*words):
-    return training_runs.complaint(train.main, *words)
+    return training_runs.complaint(train.COMMAND, "--device", "cpu", *words)
 
 
 def damaged(data, folder, name, size):
@@ -165,7 +165,7 @@ def test_full_disk_keeps_the_last_checkpoint(run):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "File too large" in line and "--resume continues from step 4" in line
     assert (run / "checkpoint.pt").read_bytes() == checkpoint and not list(run.glob("*.partial"))
-    train.main(["--resume", "--out", str(run), "--steps", "8"])
+    train.COMMAND.main(["--resume", "--out", str(run), "--steps", "8"])
     assert records(run)[:4] == before and len(records(run)) == 8
 
 
@@ -181,6 +181,7 @@ def token_lists(folder):
 
 
 def test_entropy_is_what_prepare_prints(tmp_path, capsys):
+    pytest.importorskip("tokenizers")
     prepare.main(["text", "--source", str(EXAMPLES), "--vocab", "300", "--out", str(tmp_path)])
     train_ids, val_ids = token_lists(tmp_path)
     counts = Counter(train_ids)
@@ -193,6 +194,8 @@ def test_entropy_is_what_prepare_prints(tmp_path, capsys):
 
 @pytest.mark.parametrize("vocab", ["bytes", "300"])
 def test_tokens_decode_to_the_text(tmp_path, vocab):
+    if vocab != "bytes":
+        pytest.importorskip("tokenizers")
     text = "naïve = 'λ'\n\tfor  x in range(3):\n" * 40
     source, out = tmp_path / "text", tmp_path / "data"
     source.write_text(text)

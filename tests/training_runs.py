@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import training
 
+VERY_SMALL = dict(layers=2, heads=2, width=32)
 SHORT = ["--batch", "2", "--context", "32", "--warmup", "4", "--eval-batches", "2"]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1",              # and the package that this process tests:
                            "PYTHONPATH": str(Path(flash_attn.__file__).parents[1])}
@@ -56,9 +57,37 @@ def check_resume_after_a_kill(script, arguments, folder, steps=40):
     assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights)))
 
 
-def complaint(main, *words):
+def loss_after(steps, model, attend, loss):
+    """The last loss of a model that attends so; loss() draws a batch."""
+    for block in model.blocks:
+        block.attention.attend = attend
+    adam = training.optimiser(model, 3e-3, 0.0)
+    for _ in range(steps):
+        value = loss()
+        adam.zero_grad()
+        value.backward()
+        adam.step()
+    return value.item()
+
+
+def check_that_flash_trains_like_standard(command, data, folder, device, monkeypatch):
+    """Both attentions of a model on the same batches: the same losses, which fall; then a text is shown."""
+    monkeypatch.setitem(command.presets, "tiny", VERY_SMALL)
+    for dtype, bound in (("float32", 1e-4), ("bfloat16", 2e-2)):
+        losses = {}
+        for attention in ("flash", "standard"):
+            out = folder / f"{attention}-{dtype}"
+            command.main(["--data", str(data), *SHORT, "--steps", "20", "--device", device, "--dtype", dtype,
+                          "--attention", attention, "--out", str(out)])
+            losses[attention] = [record["loss"] for record in records(out)]
+            assert (out / command.shown).stat().st_size
+        assert losses["flash"] == pytest.approx(losses["standard"], abs=bound)
+        assert losses["flash"][-1] < losses["flash"][0]
+
+
+def complaint(command, *words):
     """The line that a script ends with; a string as exit code is printed by Python and makes the code 1."""
     with pytest.raises(SystemExit) as error:
-        main([str(word) for word in words])
+        command.main([str(word) for word in words])
     assert str(error.value.code).startswith("error: ") and "\n" not in error.value.code
     return error.value.code
