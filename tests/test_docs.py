@@ -40,10 +40,10 @@ def test_recipe(number):
         exec(compile(shared, "shared", "exec"), names)
         exec(compile(block, title, "exec"), names)
         out, x = names["out"], names["x"]
-        out.square().sum().backward()
+        (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
         results.append((out.detach(), x.grad))
     for before, after in zip(*results):
-        assert before.abs().max() > 0
+        assert before.abs().max() > 0.1
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     assert "flash_attn" in blocks[1] and "flash_attn" not in blocks[0]
 
