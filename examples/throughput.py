@@ -10,10 +10,12 @@ the same data, and their losses are kept: they have to fall together. Where a ba
 memory, its halves are accumulated until it does, and the table says so; such a run then draws its data in
 other pieces.
 
-Writes benchmarks/results/training-<machine>.json and .png, or --out.
+Writes training-<machine>.json and .png to benchmarks/results/ or --out. With --add the file keeps what an
+earlier call measured: so a case, or one attention of it, is a call of its own where time on a GPU is short.
 """
 import argparse
 import gc
+import json
 import statistics
 import sys
 import time
@@ -85,6 +87,10 @@ def clear_memory(device):
         torch.cuda.reset_peak_memory_stats()
 
 
+def key(cell):
+    return f"{cell['model']}:{cell['preset']}:{cell['attention']}"
+
+
 def line(cell, cells):
     """A row of the table; its last figure is the speed relative to standard attention in the same case."""
     same = [c for c in cells if (c["model"], c["preset"]) == (cell["model"], cell["preset"])]
@@ -94,6 +100,18 @@ def line(cell, cells):
     return (f"{cell['model'] + ':' + cell['preset']:12s} {cell['attention']:9s} {cell['batch']:4d} x "
             f"{cell['accumulate']:<2d} {cell['ms_per_step']:9.1f} {cell['tokens_per_s']:11,d} "
             f"{cell['sequences_per_s']:12.1f} {memory:>8s} {ratio:>13s}")
+
+
+def earlier(path, about):
+    """(cells, losses) of the file that a call is to add to, which must be about the same."""
+    if not path.exists():
+        return [], {}
+    results = json.loads(path.read_text())
+    for name in about.keys() - {"command", "date"}:
+        if results[name] != about[name]:
+            sys.exit(f"error: {path} was measured with {name} = {results[name]}, not {about[name]}: measure it "
+                     f"anew without --add, or choose another --out")
+    return results["cells"], results["losses"]
 
 
 def plot(cells, losses, title, path):
@@ -113,7 +131,7 @@ def plot(cells, losses, title, path):
             name = cell["attention"]
             rate = (f"{cell['sequences_per_s']:,.0f} sequences/s" if model == "bert"
                     else f"{cell['tokens_per_s']:,} tokens/s")
-            curve = losses[f"{model}:{preset}:{name}"]
+            curve = losses[key(cell)]
             axes.plot(range(1, len(curve) + 1), curve, color=COLORS[name], lw=1.2, label=f"{name}, {rate}")
         axes.set(title=f"{MODELS[model].name} {preset}, context {group[0]['context']}", xlabel="step",
                  ylabel="training loss (nats per token)")
@@ -141,23 +159,24 @@ def main(words=None):
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--steps", type=training.positive, default=60)
+    parser.add_argument("--add", action="store_true", help="keep the file's other cases and attentions")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for the JSON and the PNG")
     arguments = parser.parse_args(words)
     if arguments.steps < UNTIMED + 2:
         parser.error(f"--steps {arguments.steps} leaves nothing to time after {UNTIMED} untimed: give 10")
 
-    cells, losses = [], {}
+    about = harness.describe(arguments.device) | {"dtype": arguments.dtype, "dropout": arguments.dropout,
+                                                  "steps": arguments.steps}
+    path = arguments.out / f"training-{harness.short_name(about['machine'])}.json"
+    cells, losses = earlier(path, about) if arguments.add else ([], {})
     print("case         attention   batch    ms/step    tokens/s  sequences/s  peak GB  over standard")
     for model, preset in arguments.cases:
         for attention in sorted(arguments.attention, key=ATTENTIONS.index, reverse=True):
             cell, curve = train_if_it_fits(arguments, model, preset, attention)
-            cells.append(cell)
-            losses[f"{model}:{preset}:{attention}"] = curve
+            cells = [old for old in cells if key(old) != key(cell)] + [cell]
+            losses[key(cell)] = curve
             print(line(cell, cells), f"  loss {curve[0]:.3f} to {curve[-1]:.3f}", flush=True)
-    about = harness.describe(arguments.device)
-    path = arguments.out / f"training-{harness.short_name(about['machine'])}.json"
-    settings = {"dtype": arguments.dtype, "dropout": arguments.dropout, "steps": arguments.steps}
-    harness.write_json(path, about | settings | {"cells": cells, "losses": losses})
+    harness.write_json(path, about | {"cells": cells, "losses": losses})
     plot(cells, losses, f"{about['machine']['name']}, {arguments.dtype}, dropout {arguments.dropout}",
          path.with_suffix(".png"))
 

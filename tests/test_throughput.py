@@ -25,11 +25,11 @@ def data(tmp_path_factory):
     return write
 
 
-def run(data, out, device, *words):
+def run(data, out, device, *words, steps=5):
     folders = [word for model in {word.partition(":")[0] for word in words if ":" in word}
                for word in (f"--{model}-data", str(data(model)))]
     throughput.main([*words, *folders, "--device", device, "--dtype", "float32", "--batch", "2", "--context", "32",
-                     "--steps", "5", "--dropout", "0", "--out", str(out)])
+                     "--steps", str(steps), "--dropout", "0", "--out", str(out)])
     [path] = out.glob("training-*.json")
     return json.loads(path.read_text())
 
@@ -62,6 +62,16 @@ def test_all_attentions_train_alike_side_by_side(cases, data, tmp_path, device, 
     printed = capsys.readouterr().out.split("case  ")[1].splitlines()
     assert len([line for line in printed if "loss" in line]) == 3 * len(cases)
     assert bool(list(tmp_path.glob("training-*.png"))) == bool(importlib.util.find_spec("matplotlib"))
+
+
+def test_a_call_adds_to_an_earlier_one(data, tmp_path, capsys):
+    for attention in "flash", "sdpa", "sdpa":
+        results = run(data, tmp_path, "cpu", "gpt2:tiny", "--attention", attention, "--add")
+    assert [cell["attention"] for cell in results["cells"]] == ["flash", "sdpa"]
+    assert results["losses"].keys() == {"gpt2:tiny:flash", "gpt2:tiny:sdpa"}
+    with pytest.raises(SystemExit, match="steps = 5, not 6"):
+        run(data, tmp_path, "cpu", "gpt2:tiny", "--add", steps=6)
+    assert list(run(data, tmp_path, "cpu", "gpt2:tiny", "--attention", "flash")["losses"]) == ["gpt2:tiny:flash"]
 
 
 def test_batches_that_do_not_fit_are_halved(data, tmp_path, monkeypatch):
