@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from problem import DTYPES, Problem
-from test_forward import HARD, HEAD_DIMS, SIZES, WINDOWS, channels_apart, sliced, transposed
+from test_forward import HARD, HEAD_DIMS, SIZES, WINDOWS, channels_apart, hard_problem, sliced, transposed
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -64,9 +64,7 @@ def test_zero_sizes(device, dtype, sizes):
 @pytest.mark.parametrize("harden", HARD, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_hard_inputs(device, dtype, harden, causal):
-    problem = Problem(dtype, sq=113, sk=128, h=4, hk=2, d=64, causal=causal)
-    inputs = problem.inputs()
-    harden(*inputs[:3])
+    problem, inputs = hard_problem(dtype, harden, causal)
     problem.check(device, inputs)
 
 

@@ -124,13 +124,18 @@ HARD = [huge_logits, one_key_dominates, rising_logits, falling_logits, all_equal
         subnormal_values, cancelling_values]
 
 
+def hard_problem(dtype, harden, causal):
+    problem = Problem(dtype, sq=113, sk=128, h=4, hk=2, d=64, causal=causal)
+    inputs = problem.inputs()
+    harden(*inputs[:3])
+    return problem, inputs
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("harden", HARD, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_hard_inputs(device, dtype, harden, causal):
-    problem = Problem(dtype, sq=113, sk=128, h=4, hk=2, d=64, causal=causal)
-    inputs = problem.inputs()
-    harden(*inputs[:3])
+    problem, inputs = hard_problem(dtype, harden, causal)
     check_forward(problem, device, inputs)
 
 
