@@ -50,7 +50,10 @@ def switched_on(name):
 def run(command, error, log=None):
     """One compiler call. Its output is shown whole and at once, since several run at a time, or goes to a file."""
     print(shlex.join(command), flush=True)
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except FileNotFoundError:
+        raise error(f"{command[0]} is not on PATH: install it, or name another in CC (for C) or CXX (which links CUDA)") from None
     if log and not done.returncode:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(done.stdout)
@@ -62,6 +65,8 @@ def run(command, error, log=None):
 
 def find_cuda():
     """The folder of CUDA, or None where the CUDA kernels are not to be built."""
+    if not all(arch.isdecimal() for arch in NVCC_ARCHS):
+        raise OptionError(f"FLASH_ATTN_CUDA_ARCHS must be numbers such as 80;90, got {';'.join(NVCC_ARCHS)!r}")
     choice = os.environ.get("FLASH_ATTN_CUDA") or "auto"
     if choice not in ("auto", "0", "1"):
         raise OptionError(f"FLASH_ATTN_CUDA must be auto, 1 or 0, got {choice!r}")

@@ -49,7 +49,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
       too, and a square attn_mask without gradient is then not read. With bias_k, bias_v or add_zero_attn the
       mask is used and the promise is not: torch hides the added keys under it, where the mask shows them.
     - Nested tensors of both layouts work, in training too; with them there are no masks.
-    - Second derivatives are computed with need_weights=True only.
+    - Second derivatives are computed with need_weights=True only; torch.jit.script does not take the class.
+    - float64 runs on the CPU only, by the slow reference kernel.
     """
 
     def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
