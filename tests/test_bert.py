@@ -12,7 +12,6 @@ from bert import fill, model, train
 from data import prepare
 from data.vocabulary import WordPiece, load
 
-TRAIN = str(EXAMPLES / "bert" / "train.py")
 MARKS = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
 LENGTHS = [17, 3, 64, 1, 40]
 
@@ -199,7 +198,7 @@ def test_flash_trains_like_standard_attention(data, tmp_path, device, monkeypatc
 
 
 def test_resumes_bit_for_bit_after_a_kill(data, tmp_path):
-    check_resume_after_a_kill(TRAIN, ["--data", str(data), *SHORT], tmp_path, steps=30)
+    check_resume_after_a_kill(train, ["--data", str(data), *SHORT], tmp_path, steps=30)
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from data import prepare
 from data.vocabulary import load
 from gpt2 import model, train
 
-TRAIN = str(EXAMPLES / "gpt2" / "train.py")
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +85,13 @@ def test_flash_trains_like_standard_attention(data, tmp_path, device, monkeypatc
 
 
 def test_resumes_bit_for_bit_after_a_kill(data, tmp_path):
-    check_resume_after_a_kill(TRAIN, ["--data", str(data), *SHORT], tmp_path)
+    check_resume_after_a_kill(train, ["--data", str(data), *SHORT], tmp_path)
 
 
 def test_two_processes_train_as_one_with_twice_the_accumulation(data, tmp_path):
     arguments = ["--data", str(data), *SHORT, "--device", "cpu", "--steps", "6", "--dropout", "0.1", "--out"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*torchrun, TRAIN, *arguments, str(tmp_path / "two")], env=ONE_THREAD, check=True,
+    subprocess.run([*torchrun, train.__file__, *arguments, str(tmp_path / "two")], env=ONE_THREAD, check=True,
                    stdout=subprocess.DEVNULL)
     train.COMMAND.main([*arguments, str(tmp_path / "one"), "--accumulate", "2"])
     for two, one in zip(records(tmp_path / "two"), records(tmp_path / "one"), strict=True):

@@ -47,7 +47,8 @@ GELU = partial(F.gelu, approximate="tanh")
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.attention_norm, self.attention = nn.LayerNorm(config.width), Attention(config, ATTENTION[config.attention])
+        attend = ATTENTION[config.attention]
+        self.attention_norm, self.attention = nn.LayerNorm(config.width), Attention(config, attend)
         self.feed_forward_norm, self.feed_forward = nn.LayerNorm(config.width), FeedForward(config, GELU)
 
     def forward(self, x):
