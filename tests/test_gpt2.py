@@ -21,7 +21,6 @@ from data.vocabulary import load
 from gpt2 import model, train
 
 
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
