@@ -2,7 +2,7 @@
  *
  *     forward     main kernel, over splits of the keys if tiles are few | combine, if split | fill, if packed | dmask
  *     backward    prepare | main kernel | convert | bias gradient | fill, if packed or seqused_k
- *     both start with pack and flags, if there is a mask
+ *     both start with pack, if there is a mask
  *
  * A call becomes a plan: the compiled kernel, its arguments, its pieces of the workspace. The plan is a pure function of
  * the call, the device and FLASH_ATTN_SMEM_KB, so that results are too. Nothing here waits for the device, reads its memory
@@ -21,7 +21,7 @@
 
 enum { LARGEST_HEAD_DIM = 256, SMALLEST_CAPABILITY = 80, SMALLEST_BLOCK = 8, LARGEST_BLOCK = 128, ALIGNMENT = 128,
        MOST_SPLITS = 32, LEAST_TILES_PER_SPLIT = 4, RESERVED_SHARED_BYTES = 1024, DEFAULT_SHARED_BYTES = 48 << 10,
-       MASK_PAD = 128, PACK_BLOCKS = 1 << 20, FILL_BLOCKS = 1024, MOST_BLOCKS_PER_GAP = 64 };
+       MASK_PAD = 128, NARROW_BLOCKS = 1 << 20, FILL_BLOCKS = 1024, MOST_BLOCKS_PER_GAP = 64 };
 
 struct plan {
     struct fa_cuda_kernel kernel;   /* its shared memory with the bias tiles */
@@ -322,16 +322,13 @@ enum fa_status fa_cuda_launch_fill(fa_cuda_helper *helper, const struct fa_cuda_
     return fa_cuda_launch("launch of the fill kernel", helper(args->p.dtype), gaps * each, 1, args, args->p.stream, error);
 }
 
-/* The mask as bits, and the flags of its tiles. */
+/* The mask as bits, and the flags of its tiles: a byte of them a block, or one word where all inner tiles are alike. */
 static enum fa_status launch_mask(const struct fa_cuda_args *a, struct fa_error *error)
 {
-    const struct fa_cuda_kernel *pack = fa_cuda_pack(a->p.dtype), *flags = fa_cuda_flags(a->p.dtype);
     const struct fa_cuda_mask *m = &a->mask;
+    const int64_t groups = (m->outer_is_keys ? m->rows : m->words) == 1 ? 1 : m->tile_words * 4;
     if (!m->bits || a->m_tiles == 0 || a->n_tiles == 0) return FA_OK;
-    const int64_t words = mask_planes(a) * m->rows * m->words, rows = mask_planes(a) * m->outer * m->tile_words;
-    enum fa_status status = fa_cuda_launch("launch of the pack kernel", pack, least(blocks_of(words, pack->block_m), PACK_BLOCKS), 1, a, a->p.stream, error);
-    if (status) return status;
-    return fa_cuda_launch("launch of the flags kernel", flags, blocks_of(rows, flags->block_m), 1, a, a->p.stream, error);
+    return fa_cuda_launch("launch of the pack kernel", fa_cuda_pack(a->p.dtype), mask_planes(a) * m->outer * groups, 1, a, a->p.stream, error);
 }
 
 /* What the kernels read in place of a float64 bias and of the mask. */
@@ -340,7 +337,7 @@ static enum fa_status launch_scores(const struct fa_cuda_args *a, struct fa_erro
     const struct fa_cuda_kernel *narrow = fa_cuda_narrow(a->p.dtype);
     const int64_t elements = a->wide_bias.ptr ? elements_of(&a->wide_bias, &a->p) : 0;
     const enum fa_status status = fa_cuda_launch("launch of the narrow kernel", narrow,
-                                                 least(blocks_of(elements, narrow->block_m), PACK_BLOCKS), 1, a, a->p.stream, error);
+                                                 least(blocks_of(elements, narrow->block_m), NARROW_BLOCKS), 1, a, a->p.stream, error);
     return status ? status : launch_mask(a, error);
 }
 

@@ -3,9 +3,8 @@
  * Helper kernels serve fp32, fp16 and bf16, and work on block_m rows of one head a block, whatever the head dimension:
  *
  *     fill       rows that belong to no sequence: 0, lse -inf          grid: see fill.cu
- *     pack       attn_mask as bits, and                               grid: enough for a word a thread, or fewer
- *     narrow     a float64 attn_bias as fp32                          grid: as pack
- *     flags      bits of its tiles, see mask.cuh                      grid: words of flags / block_m
+ *     pack       attn_mask as bits, and bits of its tiles, see mask.cuh     grid: block_m tiles a block
+ *     narrow     a float64 attn_bias as fp32                          grid: enough for an element a thread, or fewer
  *     combine    out and lse from the partial results of key splits    grid: b h ceil(sq / block_m)
  *     dmask      s_dmask                                               grid: b h ceil(dmask_sq / block_m)
  *     prepare    lse2 and delta; dq_accum and turns become 0           grid: b h ceil(padded sq / block_m)
@@ -22,7 +21,7 @@ extern "C" {
 typedef const struct fa_cuda_kernel *fa_cuda_helper(enum fa_dtype dtype);
 
 fa_cuda_helper fa_cuda_fill_forward, fa_cuda_fill_backward, fa_cuda_combine, fa_cuda_dmask, fa_cuda_prepare, fa_cuda_convert,
-               fa_cuda_pack, fa_cuda_flags, fa_cuda_narrow;
+               fa_cuda_pack, fa_cuda_narrow;
 
 /* The gradient of attn_bias, for every head dim, and the sum of its parts: see sm80/bias_gradient.cuh. */
 fa_cuda_helper fa_sm80_bias_gradient, fa_sm80_fp32_bias_gradient, fa_sm80_bias_parts;
