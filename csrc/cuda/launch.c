@@ -196,9 +196,8 @@ static int64_t mask_planes(const struct fa_cuda_args *a)
 }
 
 /* Bits and flags of attn_mask: along an index with stride 0 there is one of them. */
-static void plan_mask(enum fa_pass pass, struct plan *plan)
+void fa_cuda_plan_mask(enum fa_pass pass, struct fa_cuda_args *a, int block_m, int block_n, int64_t *bytes)
 {
-    struct fa_cuda_args *a = &plan->args;
     struct fa_cuda_mask *m = &a->mask;
     const struct fa_scores *t = &a->p.mask;
     if (!t->ptr) return;
@@ -206,13 +205,13 @@ static void plan_mask(enum fa_pass pass, struct plan *plan)
     m->plane_b = !t->stride_b ? 0 : t->stride_h ? (int)a->p.h : 1;
     m->rows = t->stride_q ? (int)a->p.sq : 1;
     m->words = t->stride_k ? (int)(pad(a->p.sk, MASK_PAD) / 32) : 1;
-    m->block_m = plan->kernel.block_m, m->block_n = plan->kernel.block_n;
+    m->block_m = block_m, m->block_n = block_n;
     m->outer_is_keys = pass == FA_BACKWARD;
     m->outer = m->outer_is_keys ? (m->words > 1 ? a->n_tiles : 1) : (m->rows > 1 ? a->m_tiles : 1);
     m->tile_words = m->outer_is_keys ? (m->rows > 1 ? (int)blocks_of(a->m_tiles, 32) : 1) : (m->words > 1 ? (int)blocks_of(a->n_tiles, 32) : 1);
-    m->bits = take(a, mask_planes(a) * m->rows * m->words * (int64_t)sizeof(uint32_t), &plan->bytes);
-    m->some = take(a, mask_planes(a) * m->outer * m->tile_words * (int64_t)sizeof(uint32_t), &plan->bytes);
-    m->all = take(a, mask_planes(a) * m->outer * m->tile_words * (int64_t)sizeof(uint32_t), &plan->bytes);
+    m->bits = take(a, mask_planes(a) * m->rows * m->words * (int64_t)sizeof(uint32_t), bytes);
+    m->some = take(a, mask_planes(a) * m->outer * m->tile_words * (int64_t)sizeof(uint32_t), bytes);
+    m->all = take(a, mask_planes(a) * m->outer * m->tile_words * (int64_t)sizeof(uint32_t), bytes);
 }
 
 static void plan_forward(struct plan *plan, const struct fa_cuda_device *device)
@@ -270,7 +269,7 @@ static enum fa_status make_plan(enum fa_pass pass, const struct fa_params *p, st
     plan->args.m_tiles = (int)blocks_of(p->sq, plan->kernel.block_m);
     plan->args.n_tiles = (int)blocks_of(p->sk, plan->kernel.block_n);
     plan_narrow_bias(plan);
-    plan_mask(pass, plan);
+    fa_cuda_plan_mask(pass, &plan->args, plan->kernel.block_m, plan->kernel.block_n, &plan->bytes);
     if (pass == FA_FORWARD) {
         plan_forward(plan, device);
     } else {
@@ -323,7 +322,7 @@ enum fa_status fa_cuda_launch_fill(fa_cuda_helper *helper, const struct fa_cuda_
 }
 
 /* The mask as bits, and the flags of its tiles: a byte of them a block, or one word where all inner tiles are alike. */
-static enum fa_status launch_mask(const struct fa_cuda_args *a, struct fa_error *error)
+enum fa_status fa_cuda_launch_mask(const struct fa_cuda_args *a, struct fa_error *error)
 {
     const struct fa_cuda_mask *m = &a->mask;
     const int64_t groups = (m->outer_is_keys ? m->rows : m->words) == 1 ? 1 : m->tile_words * 4;
@@ -338,7 +337,7 @@ static enum fa_status launch_scores(const struct fa_cuda_args *a, struct fa_erro
     const int64_t elements = a->wide_bias.ptr ? elements_of(&a->wide_bias, &a->p) : 0;
     const enum fa_status status = fa_cuda_launch("launch of the narrow kernel", narrow,
                                                  least(blocks_of(elements, narrow->block_m), NARROW_BLOCKS), 1, a, a->p.stream, error);
-    return status ? status : launch_mask(a, error);
+    return status ? status : fa_cuda_launch_mask(a, error);
 }
 
 static enum fa_status run_forward(const struct plan *plan, struct fa_error *error)

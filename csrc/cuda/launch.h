@@ -42,6 +42,11 @@ enum fa_status fa_cuda_launch_rows(const char *name, fa_cuda_helper *helper, int
                                    struct fa_error *error);
 enum fa_status fa_cuda_launch_fill(fa_cuda_helper *helper, const struct fa_cuda_args *args, struct fa_error *error);
 
+/* What a kernel with tiles of block_m x block_n reads in place of attn_mask: its pieces of the workspace, behind *bytes, which grows,
+ * and the launch that fills them. m_tiles and n_tiles are known. */
+void fa_cuda_plan_mask(enum fa_pass pass, struct fa_cuda_args *a, int block_m, int block_n, int64_t *bytes);
+enum fa_status fa_cuda_launch_mask(const struct fa_cuda_args *a, struct fa_error *error);
+
 /* The backward's pieces of the workspace, by the sizes and the d_bucket in `a`, behind *bytes, which grows; rows are padded to
  * row_pad, the kernel's query tile. Then its launches: prepare | the kernel, over b hk n_tiles blocks and with `args` for its
  * parameter | convert | bias gradient, if wanted | fill, if packed or seqused_k. */

@@ -41,6 +41,12 @@ FA_DEVICE float2 load_shared_8(uint32_t src)
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(src) : "memory");
     return x;
 }
+FA_DEVICE uint32_t load_shared_4(uint32_t src)
+{
+    uint32_t x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(src) : "memory");
+    return x;
+}
 FA_DEVICE void store_shared_4(uint32_t dst, uint32_t x) { asm volatile("st.shared.b32 [%0], %1;" :: "r"(dst), "r"(x) : "memory"); }
 
 /* Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8. Lane (g, t) = (l / 4, l % 4)
