@@ -1,4 +1,0 @@
-/* cuda/sm90/added_hdim64.cu: the forward kernels of head-dim bucket 64 for biases and masks. */
-#include "added_instance.cuh"
-
-FA_SM90_ADDED(64)
