@@ -371,12 +371,13 @@ template <enum fa_dtype T, int D, class Tile> struct added_consumer : forward_co
             return false;
         }
         issue(accumulate);
-        load_words(words);
         wgmma_wait<1>();
         base::scores_done(0);
+        load_words(words);
         begin_rows(words);
         output_done();
         base::pack_p(unused);
+        lane = thread_anew() % 32, warp = thread_anew() / 32 % 4;       /* the addresses of a store are not kept over the loop */
         base::store(finished, top, share);
         return true;
     }

@@ -30,7 +30,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
 
     const fa_cuda_args &a;
     const uint32_t shared;
-    const int group, warp, lane;
+    int group, warp, lane;
     int n_first, n_last;                        /* key blocks [first, last) of the tile at hand */
     int keys, values, tiles;                    /* places used so far in the rings of K and V; tiles begun */
 
