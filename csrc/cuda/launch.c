@@ -233,16 +233,15 @@ static int64_t dbias_tiles(const struct fa_params *p, const struct fa_cuda_kerne
 }
 
 /* Few tiles: several blocks share the visits of each, as many as fill the device. */
-static void plan_bias_gradient(struct plan *plan, const struct fa_cuda_device *device)
+void fa_cuda_plan_bias_gradient(struct fa_cuda_args *a, const struct fa_cuda_device *device, int64_t *bytes)
 {
-    struct fa_cuda_args *a = &plan->args;
     const struct fa_cuda_kernel *kernel = fa_sm80_bias_gradient(a->p.dtype);
     const int64_t tiles = dbias_tiles(&a->p, kernel), slots = device->multiprocessors * (int64_t)kernel->blocks;
     const int64_t scores = a->p.b * a->p.h * blocks_of(a->p.sq, kernel->block_m) * blocks_of(a->p.sk, kernel->block_n);
     a->parts = 1;
     if (!a->p.dbias.ptr || tiles == 0 || scores == 0 || 2 * tiles > slots) return;
     a->parts = (int)least(scores / tiles, slots / tiles);
-    if (a->parts > 1) a->partial_dbias = take(a, a->parts * elements_of(&a->p.dbias, &a->p) * (int64_t)sizeof(float), &plan->bytes);
+    if (a->parts > 1) a->partial_dbias = take(a, a->parts * elements_of(&a->p.dbias, &a->p) * (int64_t)sizeof(float), bytes);
 }
 
 void fa_cuda_plan_backward(struct fa_cuda_args *a, int row_pad, int64_t *bytes)
@@ -274,7 +273,7 @@ static enum fa_status make_plan(enum fa_pass pass, const struct fa_params *p, st
         plan_forward(plan, device);
     } else {
         fa_cuda_plan_backward(&plan->args, plan->kernel.block_m, &plan->bytes);
-        plan_bias_gradient(plan, device);
+        fa_cuda_plan_bias_gradient(&plan->args, device, &plan->bytes);
     }
     return FA_OK;
 }

@@ -43,8 +43,9 @@ enum fa_status fa_cuda_launch_rows(const char *name, fa_cuda_helper *helper, int
 enum fa_status fa_cuda_launch_fill(fa_cuda_helper *helper, const struct fa_cuda_args *args, struct fa_error *error);
 
 /* What a kernel with tiles of block_m x block_n reads in place of attn_mask: its pieces of the workspace, behind *bytes, which grows,
- * and the launch that fills them. m_tiles and n_tiles are known. */
+ * and the launch that fills them. m_tiles and n_tiles are known. Likewise for the gradient of attn_bias, if it is wanted. */
 void fa_cuda_plan_mask(enum fa_pass pass, struct fa_cuda_args *a, int block_m, int block_n, int64_t *bytes);
+void fa_cuda_plan_bias_gradient(struct fa_cuda_args *a, const struct fa_cuda_device *device, int64_t *bytes);
 enum fa_status fa_cuda_launch_mask(const struct fa_cuda_args *a, struct fa_error *error);
 
 /* The backward's pieces of the workspace, by the sizes and the d_bucket in `a`, behind *bytes, which grows; rows are padded to

@@ -102,6 +102,14 @@ template <enum fa_dtype T> FA_DEVICE float unpack(uint32_t x)
     return f;
 }
 
+/* x and y, times scale, plus a pair of 16-bit elements. */
+template <enum fa_dtype T> FA_DEVICE void add_pair(float &x, float &y, uint32_t two, float scale)
+{
+    x = fmaf(x, scale, unpack<T>(two & 0xffff));
+    if constexpr (T == FA_BFLOAT16) y = fmaf(y, scale, __uint_as_float(two & 0xffff0000));
+    else y = fmaf(y, scale, unpack<T>(two >> 16));
+}
+
 /* --------------------------------------------------------------------------------------------------- scalars */
 
 FA_DEVICE float exp2_approx(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }

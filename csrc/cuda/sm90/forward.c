@@ -14,8 +14,6 @@ enum { COUNTER_BYTES = 128, SECTION_BYTES = 32 << 20, MANY_TILES = 15, BIAS_ROWS
 
 static int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
-bool fa_sm90_is_added(const struct fa_params *p) { return p->bias.ptr || p->mask.ptr; }
-
 const struct fa_cuda_kernel *fa_sm90_forward_kernel(const struct fa_params *p)
 {
     static const struct { int channels; fa_sm90_find *fp16, *bf16; } buckets[] = {
@@ -102,13 +100,11 @@ static enum fa_status describe(const struct fa_params *p, const struct fa_cuda_k
     return status;
 }
 
-/* The bias as TMA sees it: keys are its channels. Along an index of stride 0 it has one row. */
 static enum fa_status describe_bias(const struct fa_params *p, struct fa_sm90_added_args *g, struct fa_error *error)
 {
-    const struct fa_scores *t = &p->bias;
-    const struct fa_tensor rows = { .ptr = t->ptr, .stride_b = t->stride_b, .stride_s = t->stride_q, .stride_h = t->stride_h };
-    g->bias_b = t->stride_b != 0, g->bias_h = t->stride_h != 0;
-    if (!t->ptr) return FA_OK;
+    const struct fa_tensor rows = fa_sm90_bias_rows(p);
+    g->bias_b = rows.stride_b != 0, g->bias_h = rows.stride_h != 0;
+    if (!rows.ptr) return FA_OK;
     return fa_tensor_map_encode(&g->bias, p->dtype, &rows, p->sk, p->sq, g->bias_h ? p->h : 1, g->bias_b ? p->b : 1, BIAS_ROWS, error);
 }
 

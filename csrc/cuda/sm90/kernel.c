@@ -25,11 +25,11 @@ static bool is_better_split(const struct fa_params *p, const struct fa_cuda_devi
 static const char *added_problem(enum fa_pass pass, const struct fa_params *p)
 {
     const struct fa_scores *t = &p->bias;
-    const struct fa_tensor rows = { .ptr = t->ptr, .stride_b = t->stride_b, .stride_s = t->stride_q, .stride_h = t->stride_h };
-    if (pass == FA_BACKWARD) return "serves neither attn_bias nor attn_mask backward";
+    const struct fa_tensor rows = fa_sm90_bias_rows(p);
     if (p->d > 128 || p->d_v > 128) return "serves attn_bias and attn_mask up to head dimension 128";
     if (fa_cuda_has_score_mod(p) || fa_cuda_variant(p) == FA_DROPOUT)
         return "serves attn_bias and attn_mask without softcap, ALiBi, scale <= 0 and dropout";
+    if (pass == FA_BACKWARD && p->deterministic && p->mask.ptr) return "serves attn_mask where dq need not be deterministic";
     if (p->cu_q || p->cu_k || p->seqused_k) return "serves attn_bias and attn_mask without lengths";
     if (t->ptr && (t->dtype != p->dtype || t->stride_k != 1 || !is_readable(p, &rows, t->stride_h ? p->h : 1, p->sq, t->stride_b ? p->b : 1)))
         return "needs an attn_bias of q's dtype whose rows start at multiples of 16 bytes, a row for each query";
