@@ -367,14 +367,19 @@ def test_hopper_adds_what_the_portable_kernels_add(monkeypatch, dtype, d, dv, bo
     masks = {"documents": lambda: documents(2, 1100, 904), "random": lambda: random(2, 16, 1100, 904) < 1,
              "padding": lambda: torch.arange(904, device="cuda") < torch.tensor([100, 700], device="cuda").view(2, 1, 1, 1)}
     options = dict(bounds, attn_bias=None if bias is None else random(*bias, dtype=dtype, seed=4), attn_mask=masks[mask]() if mask else None)
-    results = {}
+    inputs = [x.requires_grad_() for x in (q, k, v, options["attn_bias"]) if x is not None]
+    results, dout = {}, random(2, 1100, 16, dv, dtype=dtype, seed=5)
     for kernel in "sm80", "sm90":
         monkeypatch.setenv("FLASH_ATTN_KERNEL", kernel)
-        results[kernel] = flash_attn_func(q, k, v, return_attn_probs=True, **options)[:2]
-    (out, lse), (portable_out, portable_lse) = results["sm90"], results["sm80"]
+        out, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True, **options)
+        results[kernel] = [out.detach(), lse.detach(), *torch.autograd.grad(out, inputs, dout)]
+    (out, lse, *gradients), (portable_out, portable_lse, *portable_gradients) = results["sm90"], results["sm80"]
     assert torch.equal(lse.isinf(), portable_lse.isinf())
     torch.testing.assert_close(lse, portable_lse, atol=2e-3, rtol=1e-5)
     torch.testing.assert_close(out.float(), portable_out.float(), atol=4 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps)
+    for name, x, y in zip(("dq", "dk", "dv", "dbias"), gradients, portable_gradients):
+        assert (x - y).abs().max() <= 4 * torch.finfo(dtype).eps * y.abs().max(), name
+        assert torch.equal(x == 0, y == 0) or name == "dbias", name
 
 
 def test_hopper_says_what_it_leaves_to_others(monkeypatch):
