@@ -22,7 +22,8 @@ static const struct { const char *name; fa_sm90_find *find; } hopper_tables[] = 
     { "sm90 forward 256", fa_sm90_forward_bf16_256 },
 };
 static const struct { const char *name; fa_cuda_helper *find; } added_tables[] = {
-    { "sm90 forward 64 added", fa_sm90_added_64 }, { "sm90 forward 128 added", fa_sm90_added_128 },
+    { "sm90 forward 64 added", fa_sm90_added_64 },            { "sm90 forward 128 added", fa_sm90_added_128 },
+    { "sm90 backward 64 added", fa_sm90_added_backward_64 },  { "sm90 backward 128 added", fa_sm90_added_backward_128 },
 };
 static const struct { const char *name; fa_sm90_find_backward *find; } hopper_backward_tables[] = {
     { "sm90 backward 64",  fa_sm90_backward_64 },  { "sm90 backward 96",  fa_sm90_backward_96 },
