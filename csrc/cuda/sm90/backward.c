@@ -23,7 +23,7 @@ static const struct bucket *bucket_of(const struct fa_params *p)
 }
 
 struct plan {
-    const struct fa_cuda_kernel *kernel;
+    const struct fa_cuda_kernel *kernel, *bias_gradient;    /* NULL: sm80's, or none is wanted */
     struct fa_sm90_backward_args args;
     int64_t bytes;
 };
@@ -46,6 +46,21 @@ static int section_of(const struct fa_cuda_args *a)
     return (int)(section < 1 ? 1 : section > heads ? heads : section);
 }
 
+static int64_t dbias_tiles(const struct fa_params *p, const struct fa_cuda_kernel *kernel)
+{
+    return (p->dbias.stride_b ? p->b : 1) * (p->dbias.stride_h ? p->h : 1) * ((p->sq + kernel->block_m - 1) / kernel->block_m)
+         * ((p->sk + kernel->block_n - 1) / kernel->block_n);
+}
+
+/* The kernel for the gradient of a bias with an element for each query and key, 16 bytes at a time, and enough tiles to fill the device. */
+static const struct fa_cuda_kernel *bias_gradient_kernel(const struct fa_cuda_args *a, const struct fa_cuda_device *device)
+{
+    const struct fa_scores *t = &a->p.dbias;
+    const struct fa_cuda_kernel *kernel = (a->d_bucket == 64 ? fa_sm90_bias_gradient_64 : fa_sm90_bias_gradient_128)(a->p.dtype);
+    const bool vectors = t->stride_k == 1 && t->stride_q && (uintptr_t)t->ptr % 16 == 0 && (t->stride_q | t->stride_h | t->stride_b) % 8 == 0;
+    return t->ptr && vectors && dbias_tiles(&a->p, kernel) >= device->multiprocessors ? kernel : NULL;
+}
+
 static void make_plan(const struct fa_params *p, const struct fa_cuda_device *device, struct plan *plan)
 {
     struct fa_cuda_args *a = &plan->args.a;
@@ -59,7 +74,8 @@ static void make_plan(const struct fa_params *p, const struct fa_cuda_device *de
     plan->args.bias_b = p->bias.stride_b != 0, plan->args.bias_h = p->bias.stride_h != 0;
     fa_cuda_plan_mask(FA_BACKWARD, a, plan->kernel->block_m, plan->kernel->block_n, &plan->bytes);
     fa_cuda_plan_backward(a, plan->kernel->block_m, &plan->bytes);
-    fa_cuda_plan_bias_gradient(a, device, &plan->bytes);
+    plan->bias_gradient = bias_gradient_kernel(a, device);
+    if (!plan->bias_gradient) fa_cuda_plan_bias_gradient(a, device, &plan->bytes);
     plan->args.section = section_of(a);
 }
 
@@ -83,6 +99,21 @@ static enum fa_status encode(struct fa_tensor_map *map, const struct fa_params *
     return fa_tensor_map_encode(map, p->dtype, t, d, length, keys ? p->hk : p->h, packed ? 1 : p->b, rows, error);
 }
 
+static enum fa_status encode_mask(struct plan *plan, struct fa_error *error)
+{
+    const struct fa_cuda_mask *m = &plan->args.a.mask;
+    const int64_t planes = (m->plane_b ? plan->args.a.p.b : 1) * (m->plane_h ? plan->args.a.p.h : 1);
+    return fa_tensor_map_encode_words(&plan->args.mask, m->bits, m->words, m->rows, planes, plan->kernel->block_m, error);
+}
+
+/* As many blocks as multiprocessors: each works off tiles until there are none. */
+static enum fa_status launch_bias_gradient(const struct plan *plan, const struct fa_cuda_device *device, struct fa_error *error)
+{
+    const int64_t tiles = dbias_tiles(&plan->args.a.p, plan->bias_gradient);
+    return fa_cuda_launch("launch of the bias gradient kernel", plan->bias_gradient, tiles < device->multiprocessors ? tiles : device->multiprocessors,
+                          1, &plan->args, plan->args.a.p.stream, error);
+}
+
 enum fa_status fa_sm90_backward(const struct fa_params *p, struct fa_error *error)
 {
     const struct fa_cuda_device *device = fa_cuda_device(p->device_index, error);
@@ -99,7 +130,12 @@ enum fa_status fa_sm90_backward(const struct fa_params *p, struct fa_error *erro
     if (!status) status = encode(&plan.args.dout, p, &p->dout, false, p->d_v, plan.kernel->block_m, error);
     if (!status && bias.ptr) status = fa_tensor_map_encode(&plan.args.bias, p->dtype, &bias, p->sk, p->sq, plan.args.bias_h ? p->h : 1,
                                                            plan.args.bias_b ? p->b : 1, BIAS_ROWS, error);
-    if (!status) status = fa_cuda_run_backward(plan.kernel, &plan.args, &plan.args.a, error);
+    plan.args.mask_boxes = plan.args.a.mask.rows > 1 && plan.args.a.mask.words > 1;
+    if (!status && plan.args.mask_boxes) status = encode_mask(&plan, error);
+    struct fa_cuda_args others = plan.args.a;               /* what the kernels of sm_80 get */
+    if (plan.bias_gradient) others.p.dbias.ptr = NULL;
+    if (!status) status = fa_cuda_run_backward(plan.kernel, &plan.args, &others, error);
+    if (!status && plan.bias_gradient) status = launch_bias_gradient(&plan, device, error);
     fa_cuda_leave(p->device_index, previous);
     return status;
 }

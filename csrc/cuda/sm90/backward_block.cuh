@@ -16,14 +16,15 @@ template <int D, class Tile> struct sm90_backward_shared {
         BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, STAGES = 2, PANELS = (D + 63) / 64,
         K_BYTES = BLOCK_N * PANELS * 128, Q_BYTES = BLOCK_M * PANELS * 128, DS_BYTES = BLOCK_N * BLOCK_M * 2,
         DQ_BYTES = Tile::BULK_DQ ? 64 * D * 4 : 0, P_BYTES = Tile::ROLES == 2 ? BLOCK_N * BLOCK_M * 2 : 0,
-        BOX_BYTES = 64 * 128, BIAS_BYTES = Tile::ADDED ? BLOCK_M * BLOCK_N * 2 : 0,
+        BOX_BYTES = 64 * 128, BIAS_BYTES = Tile::ADDED ? BLOCK_M * BLOCK_N * 2 : 0, MASK_BYTES = Tile::ADDED ? BLOCK_M * 16 : 0,
         K = 0, V = K + K_BYTES, Q = V + K_BYTES, DO = Q + STAGES * Q_BYTES, DS = DO + STAGES * Q_BYTES,
-        DQ = DS + 2 * DS_BYTES, P = DQ + Tile::GROUPS * DQ_BYTES, BIAS = P + 2 * P_BYTES, LSE2 = BIAS + STAGES * BIAS_BYTES, DELTA = LSE2 + STAGES * BLOCK_M * 4,
+        DQ = DS + 2 * DS_BYTES, P = DQ + Tile::GROUPS * DQ_BYTES, BIAS = P + 2 * P_BYTES, MASK = BIAS + STAGES * BIAS_BYTES, LSE2 = MASK + STAGES * MASK_BYTES, DELTA = LSE2 + STAGES * BLOCK_M * 4,
         BARRIERS = DELTA + STAGES * BLOCK_M * 4,
         K_FULL = BARRIERS, V_FULL = K_FULL + 8, Q_FULL = V_FULL + 8, DO_FULL = Q_FULL + 8 * STAGES,
         Q_FREE = DO_FULL + 8 * STAGES, DO_FREE = Q_FREE + 8 * STAGES, DS_FULL = DO_FREE + 8 * STAGES, DS_FREE = DS_FULL + 16,
         DQ_FULL = DS_FREE + 16, DQ_FREE = DQ_FULL + 8 * Tile::GROUPS,
-        DQ_NOTE = (DQ_FREE + 8 * Tile::GROUPS + 15) / 16 * 16, BYTES = DQ_NOTE + 16 * Tile::GROUPS,
+        DQ_NOTE = (DQ_FREE + 8 * Tile::GROUPS + 15) / 16 * 16, HIDDEN = DQ_NOTE + 16 * Tile::GROUPS,
+        BYTES = HIDDEN + (Tile::ADDED ? 4 * STAGES : 0),
     };
     static_assert(BYTES <= 232448, "a block's limit");
 };
@@ -130,9 +131,17 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
         bulk_load(rows_at, rows + padded_row(a, seq, b, at.head) + at.m * BLOCK_M, BLOCK_M * 4, barrier);
     }
 
-    /* The bias tile of a step, which comes and goes with its Q: a box a warpgroup's keys. */
-    __device__ __forceinline__ void load_bias(const position &at, int stage, uint32_t barrier)
+    /* The bias tile of a step, a box for a warpgroup's keys, its mask, and whether the mask hides any of it: they come and go with Q. */
+    __device__ __forceinline__ void load_added(const position &at, int stage, uint32_t barrier)
     {
+        const int plane = a.mask.bits ? mask_plane(a.mask, b, at.head) : 0;
+        const bool hidden = a.mask.bits && !tile_is_whole(a.mask, plane, j0 / BLOCK_N, at.m);
+        store_shared_4(shared + Shared::HIDDEN + 4 * stage, hidden);
+        if (hidden && args.mask_boxes) {
+            mbarrier_expect(barrier, Shared::MASK_BYTES);
+            tma_load(shared + Shared::MASK + stage * Shared::MASK_BYTES, args.mask, j0 / 32, at.m * BLOCK_M, plane, 0, barrier, EVICT_NORMAL);
+        }
+        if (!a.p.bias.ptr) return;
         mbarrier_expect(barrier, Shared::BIAS_BYTES);
         #pragma unroll
         for (int g = 0; g < GROUPS; g++)
@@ -148,7 +157,7 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
             const int s = at.step % STAGES, parity = at.step / STAGES % 2 ^ 1;
             if (at.step == 0) load_keys(args.k, shared + Shared::K, shared + Shared::K_FULL);
             mbarrier_wait(shared + Shared::Q_FREE + 8 * s, parity);
-            if (Tile::ADDED && a.p.bias.ptr) load_bias(at, s, shared + Shared::Q_FULL + 8 * s);
+            if (Tile::ADDED) load_added(at, s, shared + Shared::Q_FULL + 8 * s);
             load_queries(args.q, shared + Shared::Q + s * Shared::Q_BYTES, a.lse2, shared + Shared::LSE2 + s * BLOCK_M * 4,
                          at, shared + Shared::Q_FULL + 8 * s);
             if (at.step == 0) load_keys(args.v, shared + Shared::V, shared + Shared::V_FULL);
@@ -258,14 +267,15 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
                 for (int r = 0; r < 4; r++) add_pair<T>(s[8 * q + 2 * r], s[8 * q + 2 * r + 1], x[r], a.bias_scale);
             }
         }
-        if (!a.mask.bits) return;
-        const int plane = mask_plane(a.mask, b, at.head), i0 = at.m * BLOCK_M + (lane & 3) * 2, j = j0 + row16;
-        if (tile_is_whole(a.mask, plane, j0 / BLOCK_N, at.m)) return;
+        if (!load_shared_4(shared + Shared::HIDDEN + at.step % STAGES * 4)) return;
+        const int i0 = (lane & 3) * 2, j = j0 + row16, plane = mask_plane(a.mask, b, at.head), shift = j % 32 + (lane >> 2);
+        const uint32_t words = shared + Shared::MASK + at.step % STAGES * Shared::MASK_BYTES + i0 * 16 + row16 / 32 * 4;
         #pragma unroll
         for (int n = 0; n < NT; n++)
             #pragma unroll
             for (int c = 0; c < 2; c++) {
-                const uint32_t word = mask_word(a.mask, plane, min(i0 + 8 * n + c, seq.sq - 1), j) >> (j % 32 + (lane >> 2));
+                const uint32_t word = (args.mask_boxes ? load_shared_4(words + (8 * n + c) * 16)
+                                       : mask_word(a.mask, plane, min(at.m * BLOCK_M + i0 + 8 * n + c, seq.sq - 1), j)) >> shift;
                 if (!(word & 1)) s[4 * n + c] = -INFINITY;
                 if (!(word & 256)) s[4 * n + 2 + c] = -INFINITY;
             }

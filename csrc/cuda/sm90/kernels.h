@@ -18,6 +18,7 @@ fa_sm90_find fa_sm90_forward_bf16_64, fa_sm90_forward_bf16_96, fa_sm90_forward_b
 
 /* The kernels of a bucket for attn_bias and attn_mask. */
 fa_cuda_helper fa_sm90_added_64, fa_sm90_added_128, fa_sm90_added_backward_64, fa_sm90_added_backward_128;
+fa_cuda_helper fa_sm90_bias_gradient_64, fa_sm90_bias_gradient_128;
 
 /* The backward kernels of a bucket, with and without modified scores and dropout. */
 typedef const struct fa_cuda_kernel *fa_sm90_find_backward(enum fa_dtype dtype, bool score_mod, bool dropout);
