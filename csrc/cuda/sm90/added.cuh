@@ -16,11 +16,14 @@
 #include "added_args.h"
 #include "forward.cuh"
 
-/* GROUPS, BLOCK_N, Q_STAGES, PING_PONG as in config.h; BIAS_PLACES boxes of bias a warpgroup. */
+/* GROUPS, BLOCK_N, Q_STAGES, PING_PONG as in config.h; BIAS_PLACES boxes of bias a warpgroup; BIAS_AHEAD boxes of a block are read before
+ * its scores come. */
 template <int D> struct sm90_added_tile;
-template <int G, int BN, bool P, int PLACES> struct sm90_added_row : sm90_forward_row<G, BN, 2, P> { enum { BIAS_PLACES = PLACES }; };
-template <> struct sm90_added_tile< 64> : sm90_added_row<3, 128, true, 4> {};
-template <> struct sm90_added_tile<128> : sm90_added_row<2, 128, false, 2> {};
+template <int G, int BN, bool P, int PLACES, int AHEAD> struct sm90_added_row : sm90_forward_row<G, BN, 2, P> {
+    enum { BIAS_PLACES = PLACES, BIAS_AHEAD = AHEAD };
+};
+template <> struct sm90_added_tile< 64> : sm90_added_row<3, 128, true, 4, 0> {};
+template <> struct sm90_added_tile<128> : sm90_added_row<2, 128, false, 2, 1> {};
 
 template <int D, class Tile> struct added_shape : forward_shape<D, Tile> {
     using shape = forward_shape<D, Tile>;
@@ -161,6 +164,8 @@ template <int D, class Tile> FA_DEVICE void load_bias(const fa_sm90_added_args &
             for (int box = 0; box < shape::BOXES; box++, at++) {
                 const int place = group * shape::PLACES + at % shape::PLACES;
                 const uint32_t full = barriers + 8 * (shape::BIAS_FULL + place);
+                if (n - 2 >= n_first)                           /* two blocks on: what comes from memory takes longer than a block */
+                    tma_prefetch_box(g.bias, (n - 2) * shape::BLOCK_N + box * 64, x.z + group * 64, x.y * g.bias_h, x.x * g.bias_b);
                 mbarrier_wait(barriers + 8 * (shape::BIAS_EMPTY + place), (at / shape::PLACES & 1) ^ 1);
                 mbarrier_arrive_expect(full, shape::BOX_BYTES);
                 tma_load(shared + shape::BIAS_AT + place * shape::BOX_BYTES, g.bias, n * shape::BLOCK_N + box * 64, x.z + group * 64,
@@ -207,33 +212,39 @@ template <enum fa_dtype T, int D, class Tile> struct added_consumer : forward_co
         }
     }
 
-    __device__ __forceinline__ void add_bias()
+    /* Boxes [first, end) of the bias of key block `at` of the stream: `use` gets their pieces of 16 x 16, then they may go. */
+    template <class Use> __device__ __forceinline__ void with_boxes(int at, int first, int end, Use use) const
     {
         const int thread = thread_anew(), lane = thread % 32, group = thread / 128 - 1;      /* no address is kept over the products */
-        const uint32_t at = shared + shape::BIAS_AT + (thread / 32 % 4 * 16 + lane % 16) * 128 + (lane / 16 * 16 ^ lane % 8 * 16);
+        const uint32_t from = shared + shape::BIAS_AT + (thread / 32 % 4 * 16 + lane % 16) * 128 + (lane / 16 * 16 ^ lane % 8 * 16);
         #pragma unroll
-        for (int box = 0; box < shape::BOXES; box++) {
-            const int boxes = (keys - 1) * shape::BOXES + box, place = group * shape::PLACES + boxes % shape::PLACES;
+        for (int box = first; box < end; box++) {
+            const int boxes = at * shape::BOXES + box, place = group * shape::PLACES + boxes % shape::PLACES;
             mbarrier_wait(shared + shape::ADDED_BARRIERS_AT + 8 * (shape::BIAS_FULL + place), boxes / shape::PLACES & 1);
             #pragma unroll
             for (int piece = 0; piece < 4; piece++) {
                 uint32_t x[4];
-                ldmatrix(x, (at ^ piece * 32) + place * shape::BOX_BYTES);
-                #pragma unroll
-                for (int r = 0; r < 4; r++) {
-                    const int c = (box * 4 + piece) * 8 + r * 2;
-                    add_pair<T>(s[c], s[c + 1], x[r], a.bias_scale);
-                }
+                ldmatrix(x, (from ^ piece * 32) + place * shape::BOX_BYTES);
+                use(box * 4 + piece, x);
             }
             __syncwarp();
             if (lane == 0) mbarrier_arrive(shared + shape::ADDED_BARRIERS_AT + 8 * (shape::BIAS_EMPTY + place));
         }
     }
+    __device__ __forceinline__ void add_piece(int piece, const uint32_t (&bias)[4])
+    {
+        #pragma unroll
+        for (int r = 0; r < 4; r++) add_pair<T>(s[8 * piece + 2 * r], s[8 * piece + 2 * r + 1], bias[r], a.bias_scale);
+    }
 
     /* Bias, bounds and mask of the block at hand. */
-    __device__ __forceinline__ void modify_block(const uint32_t (&words)[2][WORDS])
+    template <int AHEAD> __device__ __forceinline__ void modify_block(const uint32_t (&words)[2][WORDS], const uint32_t (&ahead)[4 * AHEAD + 1][4])
     {
-        if (a.p.bias.ptr) add_bias();
+        if (a.p.bias.ptr) {
+            #pragma unroll
+            for (int piece = 0; piece < 4 * AHEAD; piece++) add_piece(piece, ahead[piece]);
+            with_boxes(keys - 1, AHEAD, shape::BOXES, [&](int piece, const uint32_t (&bias)[4]) { add_piece(piece, bias); });
+        }
         if (block & BOUNDED) base::template modify<true>(block >> FLAG_BITS);
         if (!(block & HIDDEN)) return;
         #pragma unroll
@@ -327,13 +338,18 @@ template <enum fa_dtype T, int D, class Tile> struct added_consumer : forward_co
     /* The next block of the tile at hand. */
     __device__ __forceinline__ void step(bool accumulate)
     {
-        uint32_t words[2][WORDS], unused[base::PIECES][2];
+        uint32_t words[2][WORDS], ahead[4 * Tile::BIAS_AHEAD + 1][4], unused[base::PIECES][2];
         float alpha[2];
         issue(accumulate);
         load_words(words);
+        if (Tile::BIAS_AHEAD && a.p.bias.ptr)
+            with_boxes(keys, 0, Tile::BIAS_AHEAD, [&](int piece, const uint32_t (&bias)[4]) {
+                #pragma unroll
+                for (int r = 0; r < 4; r++) ahead[piece][r] = bias[r];
+            });
         wgmma_wait<1>();
         base::scores_done(0);
-        modify_block(words);
+        modify_block<Tile::BIAS_AHEAD>(words, ahead);
         const bool moved = softmax_of_any(alpha);
         output_done();
         if (moved) {
@@ -345,10 +361,11 @@ template <enum fa_dtype T, int D, class Tile> struct added_consumer : forward_co
 
     __device__ __forceinline__ void begin_rows(const uint32_t (&words)[2][WORDS])
     {
+        const uint32_t none[1][4] = {};
         float unused[2];
         row_max[0] = row_max[1] = -INFINITY;
         row_sum[0] = row_sum[1] = 0.0f;
-        modify_block(words);
+        modify_block<0>(words, none);
         softmax_of_any(unused);
     }
 
