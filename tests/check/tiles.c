@@ -48,8 +48,7 @@ int main(void)
             print(hopper_tables[n].name, variant, "", hopper_tables[n].find(variant));
     for (size_t n = 0; n < sizeof added_tables / sizeof *added_tables; n++) {
         const struct fa_cuda_kernel *kernel = added_tables[n].find(FA_BFLOAT16);
-        printf("%s: %d x %d, %d threads, %d bytes, with a bias %d bytes\n", added_tables[n].name, kernel->block_m, kernel->block_n,
-               kernel->threads, kernel->shared_bytes, kernel->shared_bytes + kernel->bias_bytes);
+        printf("%s: %d x %d, %d threads, %d bytes\n", added_tables[n].name, kernel->block_m, kernel->block_n, kernel->threads, kernel->shared_bytes);
     }
     for (size_t n = 0; n < sizeof hopper_backward_tables / sizeof *hopper_backward_tables; n++)
         for (enum fa_variant variant = FA_PLAIN; variant < FA_VARIANTS; variant++)

@@ -11,190 +11,114 @@
 #ifndef FA_SM90_ADDED_CUH
 #define FA_SM90_ADDED_CUH
 
-#include "../bias.cuh"
-#include "../mask.cuh"
-#include "added_args.h"
-#include "forward.cuh"
+#include "../score.cuh"
+#include "added_producer.cuh"
 
-/* GROUPS, BLOCK_N, Q_STAGES, PING_PONG as in config.h; BIAS_PLACES boxes of bias a warpgroup; BIAS_AHEAD boxes of a block are read before
- * its scores come. */
-template <int D> struct sm90_added_tile;
-template <int G, int BN, bool P, int PLACES, int AHEAD> struct sm90_added_row : sm90_forward_row<G, BN, 2, P> {
-    enum { BIAS_PLACES = PLACES, BIAS_AHEAD = AHEAD };
-};
-template <> struct sm90_added_tile< 64> : sm90_added_row<3, 128, true, 4, 0> {};
-template <> struct sm90_added_tile<128> : sm90_added_row<2, 128, false, 2, 1> {};
-
-template <int D, class Tile> struct added_shape : forward_shape<D, Tile> {
-    using shape = forward_shape<D, Tile>;
-    enum : int {
-        PLACES = Tile::BIAS_PLACES, BOX_BYTES = 64 * 128, BOXES = shape::BLOCK_N / 64,
-        BLOCKS_AT = shape::BARRIERS_AT + (shape::BARRIERS + 1) / 2 * 16, ADDED_BARRIERS_AT = BLOCKS_AT + 16,
-        INFO_FULL = 0, BIAS_FULL = INFO_FULL + shape::INFOS, BIAS_EMPTY = BIAS_FULL + shape::GROUPS * PLACES,
-        ADDED_BARRIERS = BIAS_EMPTY + shape::GROUPS * PLACES,
-        BIAS_AT = (ADDED_BARRIERS_AT + 8 * ADDED_BARRIERS + 1023) / 1024 * 1024, BIAS_BYTES = shape::GROUPS * PLACES * BOX_BYTES,
-        SHARED_BYTES = BIAS_AT + shape::ALIGNMENT,
-    };
-    static_assert(shape::BLOCK_N % 64 == 0 && PLACES % BOXES == 0 && SHARED_BYTES + BIAS_BYTES <= 227 * 1024, "a tile that fits");
-};
-
-/* A key block as the producer hands it to the consumers: its number, and flags below. MORE: the tile has another; BOUNDED: lengths or
- * window hide a key of it; HIDDEN: the mask does. */
-enum : int { MORE = 1, BOUNDED = 2, HIDDEN = 4, FLAG_BITS = 3 };
-
-/* The block to work with after n, below n_first if there is none. */
-FA_DEVICE int block_after(const fa_cuda_args &a, int b, int head, int outer, int n_first, int n)
-{
-    return a.mask.bits ? last_visible_tile(a.mask, mask_plane(a.mask, b, head), outer, n_first, n) : n - 1;
-}
-
-/* Has few registers: what it knows of a tile it reads anew where it wrote it down. */
-template <int D, class Tile> struct added_producer : forward_producer<D, Tile> {
-    using base = forward_producer<D, Tile>;
+template <enum fa_dtype T, int D, class Tile> struct added_consumer : added_shape<D, Tile> {
     using shape = added_shape<D, Tile>;
-    using base::f, base::shared, base::unit, base::following, base::keys, base::tiles, base::barrier, base::BLOCK_M, base::BLOCK_N;
-
-    __device__ __forceinline__ uint32_t info_at(int tile) const { return shared + shape::INFO_AT + tile % shape::INFOS * sizeof(forward_tile_info); }
-    __device__ __forceinline__ sequence lengths() const { const int sq = (int)f.a.p.sq, sk = (int)f.a.p.sk; return { 0, 0, sq, sk, sq, sk }; }
-
-    /* Writes down tile `tiles` or the end. As forward_producer has it; with a mask n_last follows the last block that it shows a key of. */
-    __device__ __forceinline__ bool find()
-    {
-        const fa_cuda_args &a = f.a;
-        const uint32_t at = info_at(tiles);
-        const bool found = unit < f.units;
-        if (found) {
-            const sequence s = lengths();
-            const int sequences = (int)a.p.b, heads = (int)a.p.h, m_tiles = a.m_tiles;
-            const int first = unit / (f.section * m_tiles) * f.section, width = min(f.section, heads * sequences - first), rest = unit - first * m_tiles;
-            const int m = m_tiles - 1 - rest / width, batch_head = first + rest % width, i0 = m * BLOCK_M;
-            const int b = a.batch_fastest ? batch_head % sequences : batch_head / heads;
-            const int head = a.batch_fastest ? batch_head / sequences : batch_head % heads;
-            int n_first = first_key(a, s, i0) / BLOCK_N, n_last = (max(last_key(a, s, min(i0 + BLOCK_M, s.sq) - 1), 0) + BLOCK_N - 1) / BLOCK_N;
-            if (n_first < n_last && a.mask.bits) n_last = block_after(a, b, head, m, n_first, n_last) + 1;
-            if (n_first >= n_last) {                            /* no key is visible: one block, all of it masked */
-                n_first = min(n_first, max(s.sk - 1, 0) / BLOCK_N);
-                n_last = n_first + 1;
-            }
-            store_shared_16(at, make_uint4(b, head, i0, 0));
-            store_shared_16(at + 16, make_uint4(s.sq, s.sk, n_first, n_last));
-            if (tiles) base::prefetch(i0, (n_last - 1) * BLOCK_N, b, head);
-            unit = following;
-            following = f.counter ? gridDim.x + atomicAdd(f.counter, 1) : unit + gridDim.x;
-        } else {
-            store_shared_16(at, make_uint4(~0u, 0, 0, 0));
-        }
-        mbarrier_arrive(shared + shape::ADDED_BARRIERS_AT + 8 * (shape::INFO_FULL + tiles % shape::INFOS));
-        return found;
-    }
-
-    __device__ __forceinline__ void load_q()
-    {
-        const uint32_t full = base::free_q();
-        const uint4 t = load_shared_16(info_at(tiles));
-        mbarrier_arrive_expect(full, shape::Q_BYTES);
-        base::load_panels(shared + shape::Q_AT + tiles % shape::Q_STAGES * shape::Q_BYTES, BLOCK_M * 128, f.q, t.z, t.y, t.x, full, EVICT_FIRST);
-    }
-    /* K of block n of tile `tile`, and what the consumers must know of it: when the place is free, then K's barrier guards both. */
-    __device__ __forceinline__ void load_k(int tile, int n, bool more)
-    {
-        const fa_cuda_args &a = f.a;
-        const sequence s = lengths();
-        const uint4 t = load_shared_16(info_at(tile));
-        const int stage = keys % shape::STAGES, i0 = t.z;
-        const bool bounded = n * BLOCK_N < first_key(a, s, min(i0 + BLOCK_M, s.sq) - 1) || (n + 1) * BLOCK_N > last_key(a, s, i0);
-        const bool hidden = a.mask.bits && !tile_is_whole(a.mask, mask_plane(a.mask, t.x, t.y), i0 / BLOCK_M, n);
-        mbarrier_wait(barrier(shape::K_EMPTY + stage), (keys / shape::STAGES & 1) ^ 1);
-        store_shared_4(shared + shape::BLOCKS_AT + stage * 4, n << FLAG_BITS | (more ? MORE : 0) | (bounded ? BOUNDED : 0) | (hidden ? HIDDEN : 0));
-        base::load_block(f.k, shape::K_AT, shape::K_FULL, shape::K_EMPTY, keys++, n * BLOCK_N, t.y / a.group, t.x);
-    }
-    __device__ __forceinline__ void load_v(int tile, int n, int position)
-    {
-        const uint4 t = load_shared_16(info_at(tile));
-        base::load_block(f.v, shape::V_AT, shape::V_FULL, shape::V_EMPTY, position, n * BLOCK_N, t.y / f.a.group, t.x);
-    }
-
-    /* K(n) before V of the block before it: the order in which they are used. */
-    __device__ __forceinline__ void run()
-    {
-        int before = 0;                                         /* the block whose V is due */
-        unit = blockIdx.x, keys = tiles = 0;
-        following = f.counter ? gridDim.x + atomicAdd(f.counter, 1) : unit + gridDim.x;
-        bool more = find();
-        while (more) {
-            const uint4 y = load_shared_16(info_at(tiles) + 16);
-            const int n_first = y.z;
-            bool begun = false;
-            load_q();
-            #pragma unroll 1
-            for (int n = y.w - 1; n >= n_first;) {
-                const uint4 x = load_shared_16(info_at(begun ? tiles - 1 : tiles));
-                const int after = block_after(f.a, x.x, x.y, x.z / BLOCK_M, n_first, n);
-                load_k(begun ? tiles - 1 : tiles, n, after >= n_first);
-                if (keys > 1) load_v(tiles - 1, before, keys - 2);
-                if (!begun) {
-                    begun = true;
-                    tiles++;
-                    more = find();
-                }
-                before = n;
-                n = after;
-            }
-        }
-        if (keys) load_v(tiles - 1, before, keys - 1);
-        mbarrier_arrive(base::free_q());
-    }
-};
-
-/* The thread that loads a warpgroup's bias: the same stream of tiles and blocks. */
-template <int D, class Tile> FA_DEVICE void load_bias(const fa_sm90_added_args &g, uint32_t shared, int group)
-{
-    using shape = added_shape<D, Tile>;
-    const fa_cuda_args &a = g.f.a;
-    const uint32_t barriers = shared + shape::ADDED_BARRIERS_AT;
-    const uint64_t policy = a.batch_fastest ? EVICT_NORMAL : EVICT_FIRST;
-    for (int tiles = 0, at = 0;; tiles++) {
-        const uint32_t info = shared + shape::INFO_AT + tiles % shape::INFOS * sizeof(forward_tile_info);
-        mbarrier_wait(barriers + 8 * (shape::INFO_FULL + tiles % shape::INFOS), tiles / shape::INFOS & 1);
-        const uint4 x = load_shared_16(info), y = load_shared_16(info + 16);
-        if ((int)x.x < 0) return;
-        const int n_first = y.z;
-        for (int n = y.w - 1; n >= n_first; n = block_after(a, x.x, x.y, x.z / shape::BLOCK_M, n_first, n)) {
-            #pragma unroll
-            for (int box = 0; box < shape::BOXES; box++, at++) {
-                const int place = group * shape::PLACES + at % shape::PLACES;
-                const uint32_t full = barriers + 8 * (shape::BIAS_FULL + place);
-                if (n - 2 >= n_first)                           /* two blocks on: what comes from memory takes longer than a block */
-                    tma_prefetch_box(g.bias, (n - 2) * shape::BLOCK_N + box * 64, x.z + group * 64, x.y * g.bias_h, x.x * g.bias_b);
-                mbarrier_wait(barriers + 8 * (shape::BIAS_EMPTY + place), (at / shape::PLACES & 1) ^ 1);
-                mbarrier_arrive_expect(full, shape::BOX_BYTES);
-                tma_load(shared + shape::BIAS_AT + place * shape::BOX_BYTES, g.bias, n * shape::BLOCK_N + box * 64, x.z + group * 64,
-                         x.y * g.bias_h, x.x * g.bias_b, full, policy);
-            }
-        }
-    }
-}
-
-template <enum fa_dtype T, int D, class Tile> struct added_consumer : forward_consumer<T, D, FA_PLAIN, Tile> {
-    using base = forward_consumer<T, D, FA_PLAIN, Tile>;
-    using shape = added_shape<D, Tile>;
-    using base::a, base::shared, base::group, base::warp, base::lane, base::keys, base::values, base::tiles, base::s, base::o,
-          base::row_max, base::row_sum, base::barrier, base::release, base::O_COUNT, base::NT, base::BLOCK_N, base::STAGES;
-    enum : int { WORDS = BLOCK_N / 32 };
+    using shape::STAGES, shape::GROUPS, shape::BLOCK_M, shape::BLOCK_N, shape::PANELS;
+    enum : int { S_COUNT = BLOCK_N / 2, O_COUNT = D / 2, NT = BLOCK_N / 8, PIECES = BLOCK_N / 16, WORDS = BLOCK_N / 32 };
     static_assert(WORDS == 4, "a row's words are one vector");
     static constexpr float LARGEST_SHIFT = 4096.0f;         /* rounded to 2^-13: fp16 has 11 bits */
 
+    const fa_cuda_args &a;
+    const uint32_t shared;
+    const int group;
+    int warp, lane;
+    int keys, tiles;                            /* places used so far in K's ring, V is one behind; tiles begun */
     int block;                                  /* the one whose scores are at hand, as load_k writes it */
 
-    __device__ __forceinline__ added_consumer(const fa_cuda_args &args, uint32_t smem) : base(args, smem) {}
+    float s[S_COUNT];                           /* (64, BLOCK_N) */
+    float o[O_COUNT];                           /* (64, D) */
+    uint32_t p[PIECES][4];                      /* (64, BLOCK_N), left operands */
+    float row_max[2], row_sum[2];               /* rows g and g + 8; the sum is this lane's share */
 
-    __device__ __forceinline__ void read_block() { block = load_shared_4(shared + shape::BLOCKS_AT + keys % STAGES * 4); }
+    __device__ __forceinline__ added_consumer(const fa_cuda_args &args, uint32_t smem)
+        : a(args), shared(smem), group(__shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1), keys(0), tiles(0)
+    {
+        find_lane();
+    }
+
+    /* Anew before a tile is stored: addresses that follow from it are not kept over the loop. */
+    __device__ __forceinline__ void find_lane() { lane = thread_anew() % 32, warp = thread_anew() / 32 % 4; }
+    __device__ __forceinline__ uint32_t barrier(int n) const { return shared + shape::BARRIERS_AT + 8 * n; }
+    __device__ __forceinline__ void release(int n) { if (lane == 0) mbarrier_arrive(barrier(n)); }
+
+    /* The n-th tile of the stream; its place is taken again when n has long been stored. */
+    __device__ __forceinline__ added_tile_info info(int n) const
+    {
+        const uint32_t at = shared + shape::INFO_AT + n % shape::INFOS * sizeof(added_tile_info);
+        const uint4 x = load_shared_16(at), y = load_shared_16(at + 16);
+        return { (int)x.x, (int)x.y, (int)x.z, (int)x.w, (int)y.x, (int)y.y, (int)y.z, (int)y.w };
+    }
+    /* Goes on to the next tile, its Q in shared memory; false at the end. */
+    __device__ __forceinline__ bool next_tile()
+    {
+        mbarrier_wait(barrier(shape::Q_FULL + tiles % STAGES), tiles / STAGES & 1);
+        return info(tiles++).b >= 0;
+    }
+
+    __device__ __forceinline__ void turn() { if (Tile::PING_PONG) barrier_sync(1 + group, 256); }
+    __device__ __forceinline__ void pass_turn() { if (Tile::PING_PONG) barrier_arrive(1 + (group + 1) % GROUPS, 256); }
+    __device__ __forceinline__ void wait_k()
+    {
+        mbarrier_wait(barrier(shape::K_FULL + keys % STAGES), keys / STAGES & 1);
+        block = load_shared_4(shared + shape::BLOCKS_AT + keys % STAGES * 4);
+    }
+
+    /* S = Q K^T of the next key block. */
+    __device__ __forceinline__ void issue_scores()
+    {
+        const uint32_t q = matrix_at(shared + shape::Q_AT + (tiles - 1) % STAGES * shape::Q_BYTES + group * 64 * 128);
+        const uint32_t k = matrix_at(shared + shape::K_AT + keys % STAGES * shape::KV_BYTES);
+        wgmma_fence();
+        #pragma unroll
+        for (int kk = 0; kk < D / 16; kk++)
+            wgmma<T, BLOCK_N>::ss(s, descriptor(advance(q, kk / 4 * BLOCK_M * 128 + kk % 4 * 32)),
+                                  descriptor(advance(k, kk / 4 * BLOCK_N * 128 + kk % 4 * 32)), kk > 0);
+        wgmma_commit();
+    }
+    /* O += P V of the block before; the first of a tile starts O anew. */
+    __device__ __forceinline__ void issue_output(bool accumulate)
+    {
+        const int values = keys - 1;
+        const uint32_t v = matrix_at(shared + shape::V_AT + values % STAGES * shape::KV_BYTES, BLOCK_N * 128);
+        mbarrier_wait(barrier(shape::V_FULL + values % STAGES), values / STAGES & 1);
+        wgmma_fence();
+        #pragma unroll
+        for (int kk = 0; kk < PIECES; kk++)
+            wgmma<T, D, 0, 1>::rs(o, p[kk], descriptor(advance(v, kk * 2048)), accumulate || kk > 0);
+        wgmma_commit();
+    }
+    /* Both. */
+    __device__ __forceinline__ void issue(bool accumulate)
+    {
+        wait_k();
+        turn();
+        issue_scores();
+        issue_output(accumulate);
+        pass_turn();
+    }
+
+    __device__ __forceinline__ void scores_done()
+    {
+        wgmma_result(s);
+        release(shape::K_EMPTY + keys % STAGES);
+        keys++;
+    }
+    __device__ __forceinline__ void output_done()
+    {
+        wgmma_wait<0>();
+        wgmma_result(o);
+        wgmma_result(s);
+        release(shape::V_EMPTY + (keys - 2) % STAGES);
+    }
 
     /* This lane's rows' words of the block at hand, if it has any hidden key. */
     __device__ __forceinline__ void load_words(uint32_t (&words)[2][WORDS]) const
     {
         if (!(block & HIDDEN)) return;
-        const forward_tile_info t = base::info(tiles - 1);
+        const added_tile_info t = info(tiles - 1);
         const fa_cuda_mask &m = a.mask;
         const int thread = thread_anew() - 128;
         #pragma unroll
@@ -220,7 +144,7 @@ template <enum fa_dtype T, int D, class Tile> struct added_consumer : forward_co
         #pragma unroll
         for (int box = first; box < end; box++) {
             const int boxes = at * shape::BOXES + box, place = group * shape::PLACES + boxes % shape::PLACES;
-            mbarrier_wait(shared + shape::ADDED_BARRIERS_AT + 8 * (shape::BIAS_FULL + place), boxes / shape::PLACES & 1);
+            mbarrier_wait(barrier(shape::BIAS_FULL + place), boxes / shape::PLACES & 1);
             #pragma unroll
             for (int piece = 0; piece < 4; piece++) {
                 uint32_t x[4];
@@ -228,7 +152,7 @@ template <enum fa_dtype T, int D, class Tile> struct added_consumer : forward_co
                 use(box * 4 + piece, x);
             }
             __syncwarp();
-            if (lane == 0) mbarrier_arrive(shared + shape::ADDED_BARRIERS_AT + 8 * (shape::BIAS_EMPTY + place));
+            if (lane == 0) mbarrier_arrive(barrier(shape::BIAS_EMPTY + place));
         }
     }
     __device__ __forceinline__ void add_piece(int piece, const uint32_t (&bias)[4])
@@ -237,15 +161,29 @@ template <enum fa_dtype T, int D, class Tile> struct added_consumer : forward_co
         for (int r = 0; r < 4; r++) add_pair<T>(s[8 * piece + 2 * r], s[8 * piece + 2 * r + 1], bias[r], a.bias_scale);
     }
 
+    /* -inf where row and column do not see each other. */
+    __device__ __forceinline__ void bound()
+    {
+        const added_tile_info t = info(tiles - 1);
+        const sequence seq = { 0, 0, t.sq, t.sk, t.sq, t.sk };
+        const int thread = thread_anew() - 128, j0 = (block >> FLAG_BITS) * BLOCK_N + thread % 4 * 2;
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int i = t.i0 + thread / 32 * 16 + half * 8 + thread % 32 / 4, first = first_key(a, seq, i) - j0, last = last_key(a, seq, i) - j0;
+            #pragma unroll
+            for (int x = 0; x < 2 * NT; x++)
+                if (x / 2 * 8 + x % 2 < first || x / 2 * 8 + x % 2 >= last) s[x / 2 * 4 + 2 * half + x % 2] = -INFINITY;
+        }
+    }
     /* Bias, bounds and mask of the block at hand. */
-    template <int AHEAD> __device__ __forceinline__ void modify_block(const uint32_t (&words)[2][WORDS], const uint32_t (&ahead)[4 * AHEAD + 1][4])
+    template <int AHEAD> __device__ __forceinline__ void modify(const uint32_t (&words)[2][WORDS], const uint32_t (&ahead)[4 * AHEAD + 1][4])
     {
         if (a.p.bias.ptr) {
             #pragma unroll
             for (int piece = 0; piece < 4 * AHEAD; piece++) add_piece(piece, ahead[piece]);
             with_boxes(keys - 1, AHEAD, shape::BOXES, [&](int piece, const uint32_t (&bias)[4]) { add_piece(piece, bias); });
         }
-        if (block & BOUNDED) base::template modify<true>(block >> FLAG_BITS);
+        if (block & BOUNDED) bound();
         if (!(block & HIDDEN)) return;
         #pragma unroll
         for (int half = 0; half < 2; half++)
@@ -258,8 +196,9 @@ template <enum fa_dtype T, int D, class Tile> struct added_consumer : forward_co
             }
     }
 
-    /* forward.cuh's softmax, for scores of any size: of huge ones the maximum is taken off before they are scaled. */
-    __device__ __forceinline__ bool softmax_of_any(float (&alpha)[2])
+    /* S becomes P in fp32; sums follow. O is to be multiplied by alpha where this says so: a maximum that grew by less than 2^LAG is left
+     * as it is. Of huge scores the maximum is taken off before they are scaled. */
+    __device__ __forceinline__ bool softmax(float (&alpha)[2])
     {
         const float c = a.exponent_scale, LAG = 8.0f;
         float top[2], shift[2], sum[2] = { 0.0f, 0.0f };
@@ -313,32 +252,72 @@ template <enum fa_dtype T, int D, class Tile> struct added_consumer : forward_co
         return moved;
     }
 
-    /* The products of a step: scores of the next block, and O += P V of the one before. */
-    __device__ __forceinline__ void issue(bool accumulate)
+    __device__ __forceinline__ void pack_p()
     {
-        values = keys - 1;                                  /* V is one block behind: no register for it */
-        base::wait_k();
-        read_block();
-        base::turn();
-        wgmma_fence();
-        base::issue_scores();
-        base::wait_v();
-        wgmma_fence();
-        base::issue_output(accumulate);
-        base::pass_turn();
-    }
-    __device__ __forceinline__ void output_done()
-    {
-        wgmma_wait<0>();
-        wgmma_result(o);
-        wgmma_result(s);
-        release(shape::V_EMPTY + (keys - 2) % STAGES);
+        #pragma unroll
+        for (int k = 0; k < PIECES; k++)
+            #pragma unroll
+            for (int r = 0; r < 4; r++) p[k][r] = pack<T>(s[8 * k + 2 * r], s[8 * k + 2 * r + 1]);
     }
 
-    /* The next block of the tile at hand. */
+    /* O of a finished tile, normalised, by way of this warp's rows of its Q, and lse. */
+    __device__ __forceinline__ void store(int n, const float (&top)[2], const float (&share)[2])
+    {
+        const added_tile_info t = info(n);
+        const fa_params &call = a.p;
+        const int first = t.i0 + group * 64 + warp * 16, left = t.sq - first;
+        const uint32_t own = shared + shape::Q_AT + n % STAGES * shape::Q_BYTES + (group * 64 + warp * 16) * 128;
+        float *lse = (float *)call.lse.ptr + t.b * call.lse.stride_b + t.head * call.lse.stride_h;
+        uint16_t *out = (uint16_t *)call.out.ptr + t.b * call.out.stride_b + (int64_t)first * call.out.stride_s + t.head * call.out.stride_h;
+        float factor[2];
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float sum = quad_sum(share[half]);
+            const bool empty = top[half] == -INFINITY && sum == 0.0f;
+            const int row = half * 8 + lane / 4;
+            factor[half] = empty ? 0.0f : 1.0f / sum;
+            if (row < left && lane % 4 == 0)
+                lse[(int64_t)(first + row) * call.lse.stride_s] =
+                    empty ? -INFINITY : top[half] * (0.69314718f * a.exponent_scale) + 0.69314718f * log2_approx(sum);
+        }
+        #pragma unroll
+        for (int panel = 0; panel < PANELS; panel++) {
+            const uint32_t piece = own + panel * BLOCK_M * 128;
+            #pragma unroll
+            for (int j = panel * 4; j < panel * 4 + 4; j++) {
+                uint32_t x[4];
+                #pragma unroll
+                for (int r = 0; r < 4; r++) x[r] = pack<T>(o[8 * j + 2 * r] * factor[r % 2], o[8 * j + 2 * r + 1] * factor[r % 2]);
+                stmatrix(piece + lane % 16 * 128 + ((2 * j + lane / 16) % 8 * 16 ^ lane % 8 * 16), x[0], x[1], x[2], x[3]);
+            }
+            __syncwarp();
+            #pragma unroll
+            for (int at = lane; at < 16 * 8; at += 32) {
+                const int row = at / 8, chunk = at % 8;
+                const uint4 x = load_shared_16(piece + row * 128 + (chunk * 16 ^ row % 8 * 16));
+                if (row < left) store_chunk(out + row * call.out.stride_s + panel * 64 + chunk * 8, x, (int)call.d_v - panel * 64 - chunk * 8);
+            }
+        }
+        fence_proxy_async();
+        __syncwarp();
+        release(shape::Q_EMPTY + n % STAGES);
+    }
+    __device__ __forceinline__ void store_chunk(uint16_t *to, uint4 x, int left) const
+    {
+        if (a.aligned_out && left >= 8) {
+            *(uint4 *)to = x;
+        } else {
+            const uint32_t words[4] = { x.x, x.y, x.z, x.w };
+            #pragma unroll
+            for (int e = 0; e < 8; e++)
+                if (e < left) to[e] = (uint16_t)(words[e / 2] >> 16 * (e % 2));
+        }
+    }
+
+    /* The next block of the tile at hand: its scores beside the products of the block before, whose P is in registers. */
     __device__ __forceinline__ void step(bool accumulate)
     {
-        uint32_t words[2][WORDS], ahead[4 * Tile::BIAS_AHEAD + 1][4], unused[base::PIECES][2];
+        uint32_t words[2][WORDS], ahead[4 * Tile::BIAS_AHEAD + 1][4];
         float alpha[2];
         issue(accumulate);
         load_words(words);
@@ -348,71 +327,65 @@ template <enum fa_dtype T, int D, class Tile> struct added_consumer : forward_co
                 for (int r = 0; r < 4; r++) ahead[piece][r] = bias[r];
             });
         wgmma_wait<1>();
-        base::scores_done(0);
-        modify_block<Tile::BIAS_AHEAD>(words, ahead);
-        const bool moved = softmax_of_any(alpha);
+        scores_done();
+        modify<Tile::BIAS_AHEAD>(words, ahead);
+        const bool moved = softmax(alpha);
         output_done();
         if (moved) {
             #pragma unroll
             for (int j = 0; j < O_COUNT; j++) o[j] *= alpha[j / 2 % 2];
         }
-        base::pack_p(unused);
+        pack_p();
     }
 
-    __device__ __forceinline__ void begin_rows(const uint32_t (&words)[2][WORDS])
+    /* Softmax of a tile's first block. */
+    __device__ __forceinline__ void begin_rows()
     {
         const uint32_t none[1][4] = {};
+        uint32_t words[2][WORDS];
         float unused[2];
         row_max[0] = row_max[1] = -INFINITY;
         row_sum[0] = row_sum[1] = 0.0f;
-        modify_block<0>(words, none);
-        softmax_of_any(unused);
+        load_words(words);
+        modify<0>(words, none);
+        softmax(unused);
     }
 
     /* From the last block of a tile to the first of the next; false where that was the last tile. */
     __device__ __forceinline__ bool next(bool accumulate)
     {
-        uint32_t words[2][WORDS], unused[base::PIECES][2];
-        const int finished = tiles - 1;
         const float top[2] = { row_max[0], row_max[1] }, share[2] = { row_sum[0], row_sum[1] };
-        if (!base::next_tile()) {
-            values = keys - 1;
-            base::turn();
-            base::wait_v();
-            wgmma_fence();
-            base::issue_output(accumulate);
-            base::pass_turn();
+        if (!next_tile()) {
+            turn();
+            issue_output(accumulate);
+            pass_turn();
             wgmma_wait<0>();
             wgmma_result(o);
-            base::store(finished, top, share);
+            find_lane();
+            store(tiles - 2, top, share);
             return false;
         }
         issue(accumulate);
         wgmma_wait<1>();
-        base::scores_done(0);
-        load_words(words);
-        begin_rows(words);
+        scores_done();
+        begin_rows();
         output_done();
-        base::pack_p(unused);
-        lane = thread_anew() % 32, warp = thread_anew() / 32 % 4;       /* the addresses of a store are not kept over the loop */
-        base::store(finished, top, share);
+        pack_p();
+        find_lane();
+        store(tiles - 2, top, share);
         return true;
     }
 
     __device__ __forceinline__ void run()
     {
-        uint32_t words[2][WORDS], unused[base::PIECES][2];
-        if (Tile::PING_PONG && group == Tile::GROUPS - 1) barrier_arrive(1, 256);
-        if (!base::next_tile()) return;
-        base::wait_k();
-        read_block();
-        wgmma_fence();
-        base::issue_scores();
-        load_words(words);
+        if (Tile::PING_PONG && group == GROUPS - 1) barrier_arrive(1, 256);
+        if (!next_tile()) return;
+        wait_k();
+        issue_scores();
         wgmma_wait<0>();
-        base::scores_done(0);
-        begin_rows(words);
-        base::pack_p(unused);
+        scores_done();
+        begin_rows();
+        pack_p();
         bool more;
         do {
             bool accumulate = false;
@@ -425,18 +398,11 @@ template <enum fa_dtype T, int D, class Tile> struct added_consumer : forward_co
 template <enum fa_dtype T, int D, class Tile>
 __global__ void __launch_bounds__(128 * (Tile::GROUPS + 1), 1) added_kernel(const __grid_constant__ fa_sm90_added_args g)
 {
-    extern __shared__ uint8_t dynamic[];
+    extern __shared__ __align__(1024) uint8_t dynamic[];
     using shape = added_shape<D, Tile>;
-    const uint32_t shared = (shared_address(dynamic) + shape::ALIGNMENT - 1) / shape::ALIGNMENT * shape::ALIGNMENT;
-    if (threadIdx.x == 0) {
-        for (int n = 0; n < shape::BARRIERS; n++) {
-            const bool empty = (n >= shape::Q_EMPTY && n < shape::K_FULL) || (n >= shape::K_EMPTY && n < shape::V_FULL) || n >= shape::V_EMPTY;
-            mbarrier_init(shared + shape::BARRIERS_AT + 8 * n, empty ? 4 * shape::GROUPS : 1);
-        }
-        for (int n = 0; n < shape::ADDED_BARRIERS; n++)
-            mbarrier_init(shared + shape::ADDED_BARRIERS_AT + 8 * n, n >= shape::BIAS_EMPTY ? 4 : 1);
-        mbarrier_init_fence();
-    }
+    const uint32_t shared = shared_address(dynamic);
+    if (shared % 1024) __trap();                /* TMA's swizzle counts from here */
+    if (threadIdx.x == 0) shape::init_barriers(shared);
     __syncthreads();
     if (threadIdx.x < 128) {
         fewer_registers<shape::PRODUCER_REGISTERS>();
@@ -444,7 +410,7 @@ __global__ void __launch_bounds__(128 * (Tile::GROUPS + 1), 1) added_kernel(cons
             tma_prefetch(g.f.q);
             tma_prefetch(g.f.k);
             tma_prefetch(g.f.v);
-            added_producer<D, Tile> producer{ { {}, g.f, shared } };
+            added_producer<D, Tile> producer(g.f, shared);
             producer.run();
         } else if (g.f.a.p.bias.ptr && threadIdx.x % 32 == 0 && threadIdx.x / 32 <= Tile::GROUPS) {
             load_bias<D, Tile>(g, shared, threadIdx.x / 32 - 1);

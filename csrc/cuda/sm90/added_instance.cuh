@@ -10,7 +10,7 @@ template <enum fa_dtype T, int D> constexpr fa_cuda_kernel added_facts()
 {
     using Tile = sm90_added_tile<D>;
     using shape = added_shape<D, Tile>;
-    return { (const void *)added_kernel<T, D, Tile>, shape::THREADS, shape::SHARED_BYTES, shape::BLOCK_M, shape::BLOCK_N, 1, shape::BIAS_BYTES };
+    return { (const void *)added_kernel<T, D, Tile>, shape::THREADS, shape::SHARED_BYTES, shape::BLOCK_M, shape::BLOCK_N, 1 };
 }
 
 #define FA_SM90_ADDED(D) \

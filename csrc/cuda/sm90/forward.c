@@ -110,19 +110,18 @@ static enum fa_status describe_bias(const struct fa_params *p, struct fa_sm90_ad
 
 static enum fa_status run(const struct fa_params *p, const struct fa_cuda_device *device, struct fa_error *error)
 {
-    struct fa_cuda_kernel kernel = *fa_sm90_forward_kernel(p);
+    const struct fa_cuda_kernel *kernel = fa_sm90_forward_kernel(p);
     struct fa_sm90_added_args g = { .f.a = fa_cuda_arguments(p) };      /* f alone is what the kernels without additions take */
     struct fa_sm90_forward_args *f = &g.f;
-    plan(&kernel, &f->a);
+    plan(kernel, &f->a);
     schedule(f, device->multiprocessors);
-    if (p->bias.ptr) kernel.shared_bytes += kernel.bias_bytes;
     const int blocks = f->units < device->multiprocessors ? f->units : device->multiprocessors;
-    enum fa_status status = describe(p, &kernel, f, error);
+    enum fa_status status = describe(p, kernel, f, error);
     if (!status) status = describe_bias(p, &g, error);
     if (f->units == blocks) f->counter = NULL;
     if (!status && f->counter) status = fa_cuda_status(cudaMemsetAsync(f->counter, 0, sizeof *f->counter, p->stream), "cudaMemsetAsync", error);
     if (!status) status = fa_cuda_launch_mask(&f->a, error);
-    if (!status) status = fa_cuda_launch("launch of the forward kernel", &kernel, blocks, 1, &g, p->stream, error);
+    if (!status) status = fa_cuda_launch("launch of the forward kernel", kernel, blocks, 1, &g, p->stream, error);
     if (!status && p->cu_q) status = fa_cuda_launch_fill(fa_cuda_fill_forward, &f->a, error);
     if (!status && p->s_dmask) status = fa_cuda_launch_rows("launch of the dmask kernel", fa_cuda_dmask, p->dmask_sq, &f->a, error);
     return status;

@@ -30,7 +30,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
 
     const fa_cuda_args &a;
     const uint32_t shared;
-    int group, warp, lane;
+    const int group, warp, lane;
     int n_first, n_last;                        /* key blocks [first, last) of the tile at hand */
     int keys, values, tiles;                    /* places used so far in the rings of K and V; tiles begun */
 
@@ -231,7 +231,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             factor[half] = empty ? 0.0f : (VARIANT == FA_DROPOUT ? a.kept : 1.0f) / sum;
             if (i < t.sq && lane % 4 == 0)
                 lse[(int64_t)(t.q0 + i) * call.lse.stride_s] =
-                    empty ? -INFINITY : top[half] * (0.69314718f * a.exponent_scale) + 0.69314718f * log2_approx(sum);
+                    empty ? -INFINITY : 0.69314718f * (top[half] * a.exponent_scale + log2_approx(sum));
         }
         const uint32_t own = Q_STAGES == 2 ? shared + shape::Q_AT + n % Q_STAGES * shape::Q_BYTES + (group * 64 + warp * 16) * 128
                            : shared + shape::K_AT + keys % STAGES * shape::KV_BYTES + (group * 4 + warp) * 2 * PIECE_BYTES;

@@ -36,12 +36,6 @@ static const char *added_problem(enum fa_pass pass, const struct fa_params *p)
     return NULL;
 }
 
-static int shared_bytes(enum fa_pass pass, const struct fa_params *p)
-{
-    const struct fa_cuda_kernel *kernel = pass == FA_FORWARD ? fa_sm90_forward_kernel(p) : fa_sm90_backward_kernel(p);
-    return kernel->shared_bytes + (p->bias.ptr ? kernel->bias_bytes : 0);
-}
-
 static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_error *why)
 {
     const struct fa_cuda_device *device = fa_cuda_device(p->device_index, why);
@@ -60,7 +54,7 @@ static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_err
         reason = "needs rows of q, k and v that start at multiples of 16 bytes, none of them expanded";
     else if (pass == FA_BACKWARD && !is_readable(p, &p->dout, p->h, q_rows, q_batch))
         reason = "needs rows of dout that start at multiples of 16 bytes, none of them expanded";
-    else if (fa_cuda_shared_limit(device) < shared_bytes(pass, p))
+    else if (fa_cuda_shared_limit(device) < (pass == FA_FORWARD ? fa_sm90_forward_kernel(p) : fa_sm90_backward_kernel(p))->shared_bytes)
         reason = "needs more shared memory than a block may take (FLASH_ATTN_SMEM_KB lowers it)";
     else if (pass == FA_FORWARD && is_better_split(p, device)) reason = "has too few tiles to fill the device, and does not split keys";
     if (reason) fa_fail(why, FA_UNSUPPORTED, "%s", reason);
