@@ -82,13 +82,13 @@ ALIGNED = [dict(bias="hqk"), dict(bias="bhqk", bias_hides=True), dict(bias="qk",
            dict(bias="bhqk", mask="bhqk", hk=1, causal=True)]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("sizes", [(300, 200, 64, 64), (130, 520, 128, 96), (90, 1000, 40, 64), (1, 2056, 64, 64)], ids=str)
 @pytest.mark.parametrize("options", ALIGNED, ids=str)
-def test_rows_of_whole_vectors(device, dtype, sizes, options):
+def test_rows_of_whole_vectors(device, sizes, options):
     """Biases that may travel 16 bytes at a time."""
     sq, sk, d, dv = sizes
-    Problem(dtype, b=3, sq=sq, sk=sk, h=4, d=d, dv=dv, **options).check(device)
+    dtype = [torch.bfloat16, torch.float16][(ALIGNED.index(options) + d // 64) % 2]
+    Problem(dtype, b=2, sq=sq, sk=sk, h=4, d=d, dv=dv, **options).check(device)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
