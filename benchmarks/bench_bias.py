@@ -1,9 +1,9 @@
 """Score biases and masks on a GPU, beside what users would pick instead, in one process on one card.
 
-    python benchmarks/bench_bias.py [--quick] [--only forward 64 ...] [--out FILE]
+    python benchmarks/bench_bias.py [--quick] [--only 64 documents ...] [--seconds N] [--out FILE]
 
-4 sequences, 16 heads, bfloat16; lengths 1024 to 4096, head dims 64 and 128; forward, backward, and backward with the gradient of the
-bias. What is added or hidden:
+4 sequences, 16 heads, bfloat16; lengths 1024 to 4096, head dims 64 and 128; forward as in training, backward, and backward with the
+gradient of the bias. What is added or hidden:
 
     none        nothing: our own speed without, and the peers'
     1hqk bhqk   a bias (1, h, sq, sk) or (b, h, sq, sk) in the type of q
@@ -12,15 +12,20 @@ bias. What is added or hidden:
     padding     a mask (b, 1, 1, sk), half of the keys visible
 
 Peers: torch's EFFICIENT backend, the only one of scaled_dot_product_attention that takes these, and compiled FlexAttention, with
-score_mod for biases and mask_mod for masks; its block masks are made beforehand, and not timed.
+score_mod for biases and mask_mod for masks, compiled for each shape; its block masks are made beforehand, and not timed. Processes
+side by side fill its compiler's cache before anything is timed.
 
-All are timed in turns by events, the host's part left out. Results go to benchmarks/results/bias-<gpu>.json; with --quick, a small
-grid to try the script, to build/.
+All are timed in turns by events, the host's part left out. Results go to benchmarks/results/bias-<gpu>.json, after each problem, so
+that a run that is cut short by --seconds or otherwise leaves what it has; with --quick, a small grid to try the script, to build/.
 """
 
 import argparse
 import functools
 import itertools
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import torch
@@ -33,18 +38,20 @@ import harness
 from harness import Table, geometric_mean, grouped, heading, ratio, round_robin, seconds
 
 BATCH, HEADS = 4, 16
-LENGTHS, DIMS = (1024, 2048, 4096), (64, 128)
+LENGTHS, DIMS = (2048, 1024, 4096), (64, 128)
 BIASES, MASKS = ("1hqk", "bhqk"), ("random", "documents", "padding")
-BUDGET = 0.05                           # seconds of repeats for each implementation and cell
+PASSES = "forward", "backward", "with dbias"
+BUDGET = 0.04                           # seconds of repeats for each implementation and cell
+COMPILERS = 14                          # processes, at most
 PEERS = "efficient", "flex"
 
 # The fewest times the best peer's speed, and of our own without a bias, that we promise.
 BAR, BAR_OWN = 1.3, 0.7
 
 
-def scores_of(cell):
-    """(bias, mask) of a cell."""
-    s, what = cell["s"], cell["what"]
+def scores_of(problem):
+    """(bias, mask) of a problem."""
+    s, what = problem["s"], problem["what"]
     generator = torch.Generator("cuda").manual_seed(1)
     if what in BIASES:
         shape = (1 if what == "1hqk" else BATCH, HEADS, s, s)
@@ -78,6 +85,7 @@ def efficient(bias, mask):
 
 @functools.cache
 def compiled():
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -96,56 +104,79 @@ def flex(bias, mask):
 IMPLEMENTATIONS = {"ours": ours, "efficient": efficient, "flex": flex}
 
 
-def operands(name, cell):
+def operands(name, problem):
     """q, k, v, dout: the same values for all; ours (b, s, h, d), the others' (b, h, s, d)."""
     generator = torch.Generator("cuda").manual_seed(0)
-    shape = BATCH, cell["s"], HEADS, cell["d"]
+    shape = BATCH, problem["s"], HEADS, problem["d"]
     tensors = [torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
     return tensors if name == "ours" else [x.transpose(1, 2).contiguous() for x in tensors]
 
 
-def call_of(name, cell):
-    """A function without arguments that runs the cell's pass once."""
-    *inputs, dout = operands(name, cell)
-    bias, mask = scores_of(cell)
-    if cell["pass"] == "with dbias":
-        bias.requires_grad_()
-    attention = IMPLEMENTATIONS[name](bias, mask)
-    if cell["pass"] == "forward":
-        return lambda: attention(*inputs)
+def calls_of(name, problem, passes):
+    """{pass: a function without arguments that runs it once}, each of which has run."""
+    *inputs, dout = operands(name, problem)
     for x in inputs:
         x.requires_grad_()
-    wanted = [*inputs, bias] if cell["pass"] == "with dbias" else inputs
-    out = attention(*inputs)
-    return lambda: torch.autograd.grad(out, wanted, dout, retain_graph=True)
+    calls = {}
+    for wants_dbias in sorted({one == "with dbias" for one in passes}):
+        bias, mask = scores_of(problem)
+        if wants_dbias:
+            bias.requires_grad_()
+        forward = functools.partial(IMPLEMENTATIONS[name](bias, mask), *inputs)
+        backward = functools.partial(torch.autograd.grad, forward(), [*inputs, bias] if wants_dbias else inputs, dout, retain_graph=True)
+        calls |= {"with dbias": backward} if wants_dbias else {"forward": forward, "backward": backward}
+    for one in passes:
+        calls[one]()                                        # compiles, loads, allocates
+    return {one: calls[one] for one in passes}
 
 
 # ------------------------------------------------------------------------------------------------------- grid
 
 
 def grid(quick):
-    lengths = (1024,) if quick else LENGTHS
-    for direction, what, d, s in itertools.product(
-            ("forward", "backward", "with dbias"), ("none", *BIASES, *MASKS), DIMS, lengths):
-        if direction != "with dbias" or what in BIASES:
-            yield {"pass": direction, "what": what, "d": d, "s": s}
+    for s, d, what in itertools.product((1024,) if quick else LENGTHS, DIMS, ("none", *BIASES, *MASKS)):
+        yield {"what": what, "d": d, "s": s}
 
 
-def measure_cell(cell, budget, names):
-    """The cell with its times."""
+def passes_of(problem):
+    return PASSES if problem["what"] in BIASES else PASSES[:2]
+
+
+def measure(problem, budget, names):
+    """The problem's cells, a pass each, with their times."""
     calls, skipped = {}, {}
     for name in names:
         try:
-            calls[name] = call_of(name, cell)
-            calls[name](), calls[name]()                    # compiles, loads, allocates
+            calls[name] = calls_of(name, problem, passes_of(problem))
         except Exception as error:                          # a peer's compiler may raise anything
             if name == "ours":
                 raise
             skipped[name] = {"skipped": f"{type(error).__name__}: {error}".splitlines()[0][:100]}
-            calls.pop(name, None)
-    if cell["pass"] == "forward":
-        require_agreement(calls)
-    return {**cell, "times": {**round_robin(calls, budget, "cuda"), **skipped}}
+    require_agreement({name: each["forward"] for name, each in calls.items()})
+    return [{"pass": one, **problem, "times": {**round_robin({name: each[one] for name, each in calls.items()}, budget, "cuda"), **skipped}}
+            for one in passes_of(problem)]
+
+
+def compile_beforehand(problems):
+    """FlexAttention's kernels for these problems, into the compiler's cache on disk, by processes side by side."""
+    count = min(COMPILERS, len(problems), os.cpu_count())
+    started = time.monotonic()
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    workers = [subprocess.Popen([sys.executable, __file__, "--compile", *(problem_name(problem) for problem in problems[n::count])],
+                                env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for n in range(count)]
+    for worker in workers:
+        worker.wait()
+    print(f"FlexAttention's kernels: {time.monotonic() - started:.0f} s, {count} processes", flush=True)
+
+
+def problem_name(problem):
+    return "-".join(map(str, problem.values()))
+
+
+def compile_only(names):
+    for problem in grid(False):
+        if problem_name(problem) in names:
+            calls_of("flex", problem, passes_of(problem))
 
 
 def require_agreement(calls):
@@ -168,17 +199,22 @@ def over_none(cell, cells):
     return None
 
 
-def measure_grid(cells, budget, names):
+def measure_grid(problems, budget, names, deadline, keep):
+    """All cells that there is time for."""
     heading("ms, least of the repeats; ours/none: our speed with as a share of that without")
     table = Table("      pass", "     what", "  d", "   s", *(name.rjust(9) for name in names), "ours/best", "ours/none")
     measured = []
-    for cell in cells:
-        cell = measure_cell(cell, budget, names)
-        measured.append(cell)
-        times = [seconds(cell, name) for name in names]
-        table.row(cell["pass"], cell["what"], cell["d"], cell["s"], *(t and f"{t * 1e3:.3f}" for t in times), over_best(cell),
-                  over_none(cell, measured))
-        torch.compiler.reset()
+    for n, problem in enumerate(problems):
+        if time.monotonic() > deadline:
+            print(f"out of time: {len(problems) - n} of {len(problems)} problems left out")
+            break
+        for cell in measure(problem, budget, names):
+            measured.append(cell)
+            times = [seconds(cell, name) for name in names]
+            table.row(cell["pass"], cell["what"], cell["d"], cell["s"], *(t and f"{t * 1e3:.3f}" for t in times), over_best(cell),
+                      over_none(cell, measured))
+        keep(measured)
+        torch.cuda.empty_cache()
     return measured
 
 
@@ -196,22 +232,29 @@ def report_bars(cells):
 
 
 def main():
+    started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small grid, to build/")
-    parser.add_argument("--only", nargs="*", default=[], help="cells with all of these values")
+    parser.add_argument("--only", nargs="*", default=[], help="problems with all of these values")
     parser.add_argument("--without", nargs="*", default=[], choices=PEERS, help="peers to leave out")
+    parser.add_argument("--seconds", type=float, default=600, help="begin no problem later than this")
     parser.add_argument("--out", type=Path, help="where the results go")
+    parser.add_argument("--compile", nargs="*", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    cells = [cell for cell in grid(arguments.quick) if set(arguments.only) <= {str(value) for value in cell.values()}]
+    if arguments.compile:
+        return compile_only(arguments.compile)
+    problems = [problem for problem in grid(arguments.quick) if set(arguments.only) <= {str(value) for value in problem.values()}]
     names = [name for name in IMPLEMENTATIONS if name not in arguments.without]
     description = harness.describe("cuda")
     print(description["machine"]["name"], description["versions"], "stamp", *description["stamp"].values())
-    measured = measure_grid(cells, BUDGET, names)
-    report_bars(measured)
+    if "flex" in names:
+        compile_beforehand(problems)
     folder = Path("build") if arguments.quick else harness.RESULTS
     path = arguments.out or folder / f"bias-{harness.short_name(description['machine'])}.json"
-    harness.write_json(path, {**description, "cells": measured})
-    print(f"\nwritten: {path}")
+    cells = measure_grid(problems, BUDGET, names, started + arguments.seconds,
+                         lambda measured: harness.write_json(path, {**description, "cells": measured}))
+    report_bars(cells)
+    print(f"\nwritten: {path}, {time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":

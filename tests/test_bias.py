@@ -77,6 +77,20 @@ def test_sizes(device, sizes, bias, mask):
         Problem(sq=sizes[0], sk=sizes[1], h=4, hk=hk, d=16, bias=bias, mask=mask).check(device)
 
 
+ALIGNED = [dict(bias="hqk"), dict(bias="bhqk", bias_hides=True), dict(bias="qk", causal=True), dict(bias="bqk", window=(90, 30)),
+           dict(mask="bqk"), dict(mask="k", causal=True), dict(mask="hq", window=(200, 0)), dict(bias="hqk", mask="bk", bias_hides=True),
+           dict(bias="bhqk", mask="bhqk", hk=1, causal=True)]
+
+
+@pytest.mark.parametrize("sizes", [(300, 200, 64, 64), (130, 520, 128, 96), (90, 1000, 40, 64), (1, 2056, 64, 64)], ids=str)
+@pytest.mark.parametrize("options", ALIGNED, ids=str)
+def test_rows_of_whole_vectors(device, sizes, options):
+    """Biases that may travel 16 bytes at a time."""
+    sq, sk, d, dv = sizes
+    dtype = [torch.bfloat16, torch.float16][(ALIGNED.index(options) + d // 64) % 2]
+    Problem(dtype, b=2, sq=sq, sk=sk, h=4, d=d, dv=dv, **options).check(device)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("sizes", [(0, 3, 5), (2, 0, 5), (2, 3, 0), (0, 0, 0)], ids=str)
 @pytest.mark.parametrize("indices", ["", "k", "q", "b", "qk", "hqk", "bhqk"])
@@ -101,13 +115,30 @@ def test_hidden_rows_get_zero(device, hidden_by):
     assert all(x.isfinite().all() for x in (ours.out, ours.dq, ours.dk, ours.dv, ours.dbias))
 
 
-def test_huge_biases(device):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_huge_biases(device, dtype):
     """Far beyond what exp can take, of either sign, and all but -inf."""
-    problem = Problem(sq=60, sk=80, h=2, bias="hqk")
-    bias = 1e30 * problem.options()["attn_bias"].sign()
-    bias[..., ::7] = torch.finfo(torch.float32).min
+    problem = Problem(dtype, sq=60, sk=80, h=2, d=64, bias="hqk")
+    bias = min(1e30, torch.finfo(dtype).max / 4) * problem.options()["attn_bias"].sign()
+    bias[..., ::7] = torch.finfo(dtype).min
     ours = problem.run(device=device, attn_bias=bias)
     assert all(x.isfinite().all() for x in ours)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_least_finite_bias_hides(device, dtype):
+    """As models that mask by addition have it: rows with nothing else are uniform, all others see only the rest."""
+    problem = Problem(dtype, b=1, sq=200, sk=400, h=2, d=64, bias="qk")
+    inputs, least = problem.inputs(), torch.finfo(dtype).min
+    seen = torch.arange(400) < torch.arange(200)[:, None]                   # none in row 0; the last block is hidden from all
+    ours = problem.run(inputs, device, attn_bias=torch.zeros(1, 1, 200, 400, dtype=dtype).masked_fill(~seen, least))
+    theirs = problem.run(inputs, device, attn_bias=torch.zeros(1, 1, 200, 400, dtype=dtype), attn_mask=seen.to(device))
+    torch.testing.assert_close(ours.out[:, 1:], theirs.out[:, 1:], rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(ours.lse[..., 1:], theirs.lse[..., 1:], rtol=1e-3, atol=1e-3)
+    if dtype != torch.float16:                                              # whose least does not swallow the score
+        mean = inputs.v.float().mean(1)
+        torch.testing.assert_close(ours.out[:, 0].float(), mean, rtol=2e-2, atol=1e-2)
+        assert (ours.lse[..., 0] < least / 2).all() and ours.lse[..., 0].isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["bias", "mask"])

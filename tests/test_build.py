@@ -40,7 +40,7 @@ def demangled(names):
     text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     words = {"(fa_dtype)0": "fp32", "(fa_dtype)1": "fp16", "(fa_dtype)2": "bf16", "(fa_variant)0": "plain",
              "(fa_variant)1": "score-mod", "(fa_variant)2": "dropout", "void ": "", "(fa_cuda_args)": "",
-             "(fa_sm90_forward_args)": "", "(fa_sm90_backward_args)": "", " >": ">"}
+             "(fa_sm90_forward_args)": "", "(fa_sm90_added_args)": "", "(fa_sm90_backward_args)": "", " >": ">"}
     for cast, word in words.items():
         text = text.replace(cast, word)
     return dict(zip(names, text.splitlines()))

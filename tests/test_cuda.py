@@ -345,6 +345,43 @@ def test_hopper_agrees_with_the_portable_kernels(monkeypatch, dtype, d, dv, opti
     assert torch.equal(dmask, portable_dmask)
 
 
+def documents(b, sq, sk):
+    """True within a document: most tiles are hidden."""
+    generator = torch.Generator("cuda").manual_seed(3)
+    cuts = torch.randint(sk, (b, 7), generator=generator, device="cuda")
+    query, key = ((torch.arange(n, device="cuda")[None, :, None] >= cuts[:, None, :]).sum(-1) for n in (sq, sk))
+    return (query[:, :, None] == key[:, None, :])[:, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d, dv", [(64, 64), (40, 64), (96, 96), (128, 128), (104, 72)])
+@pytest.mark.parametrize("bounds", [dict(), dict(causal=True), dict(window_size=(300, 20))], ids=str)
+@pytest.mark.parametrize("bias", [None, (1, 16, 1100, 904), (2, 1, 1100, 904)], ids=str)
+@pytest.mark.parametrize("mask", [None, "documents", "padding", "random"])
+def test_hopper_adds_what_the_portable_kernels_add(monkeypatch, dtype, d, dv, bounds, bias, mask):
+    """Tiles passed over and tiles of every kind; the stream of tiles is longer than the device."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no Hopper")
+    monkeypatch.delenv("FLASH_ATTN_SMEM_KB", raising=False)
+    q, k, v = random(2, 1100, 16, d, dtype=dtype), random(2, 904, 4, d, dtype=dtype, seed=1), random(2, 904, 4, dv, dtype=dtype, seed=2)
+    masks = {"documents": lambda: documents(2, 1100, 904), "random": lambda: random(2, 16, 1100, 904) < 1,
+             "padding": lambda: torch.arange(904, device="cuda") < torch.tensor([100, 700], device="cuda").view(2, 1, 1, 1)}
+    options = dict(bounds, attn_bias=None if bias is None else random(*bias, dtype=dtype, seed=4), attn_mask=masks[mask]() if mask else None)
+    inputs = [x.requires_grad_() for x in (q, k, v, options["attn_bias"]) if x is not None]
+    results, dout = {}, random(2, 1100, 16, dv, dtype=dtype, seed=5)
+    for kernel in "sm80", "sm90":
+        monkeypatch.setenv("FLASH_ATTN_KERNEL", kernel)
+        out, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True, **options)
+        results[kernel] = [out.detach(), lse.detach(), *torch.autograd.grad(out, inputs, dout)]
+    (out, lse, *gradients), (portable_out, portable_lse, *portable_gradients) = results["sm90"], results["sm80"]
+    assert torch.equal(lse.isinf(), portable_lse.isinf())
+    torch.testing.assert_close(lse, portable_lse, atol=2e-3, rtol=1e-5)
+    torch.testing.assert_close(out.float(), portable_out.float(), atol=4 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps)
+    for name, x, y in zip(("dq", "dk", "dv", "dbias"), gradients, portable_gradients):
+        assert (x - y).abs().max() <= 4 * torch.finfo(dtype).eps * y.abs().max(), name
+        assert torch.equal((x == 0).all(-1), (y == 0).all(-1)) or name == "dbias", name
+
+
 def test_hopper_says_what_it_leaves_to_others(monkeypatch):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("no Hopper")

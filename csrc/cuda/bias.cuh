@@ -39,14 +39,6 @@ FA_DEVICE float bias_next(bias_walk &walk, int keys)
     return x;
 }
 
-/* Two neighbours of a fragment. */
-template <enum fa_dtype T> FA_DEVICE void add_pair(float &x, float &y, uint32_t two, float scale)
-{
-    x = fmaf(x, scale, unpack<T>(two & 0xffff));
-    if constexpr (T == FA_BFLOAT16) y = fmaf(y, scale, __uint_as_float(two & 0xffff0000));
-    else y = fmaf(y, scale, unpack<T>(two >> 16));
-}
-
 /* A piece of 16 x 16. */
 template <enum fa_dtype T> FA_DEVICE void add_piece(float (&c0)[4], float (&c1)[4], const uint32_t (&x)[4], float scale)
 {

@@ -2,7 +2,7 @@
  *
  *     forward     main kernel, over splits of the keys if tiles are few | combine, if split | fill, if packed | dmask
  *     backward    prepare | main kernel | convert | bias gradient | fill, if packed or seqused_k
- *     both start with pack and flags, if there is a mask
+ *     both start with pack, if there is a mask
  *
  * A call becomes a plan: the compiled kernel, its arguments, its pieces of the workspace. The plan is a pure function of
  * the call, the device and FLASH_ATTN_SMEM_KB, so that results are too. Nothing here waits for the device, reads its memory
@@ -21,7 +21,7 @@
 
 enum { LARGEST_HEAD_DIM = 256, SMALLEST_CAPABILITY = 80, SMALLEST_BLOCK = 8, LARGEST_BLOCK = 128, ALIGNMENT = 128,
        MOST_SPLITS = 32, LEAST_TILES_PER_SPLIT = 4, RESERVED_SHARED_BYTES = 1024, DEFAULT_SHARED_BYTES = 48 << 10,
-       MASK_PAD = 128, PACK_BLOCKS = 1 << 20, FILL_BLOCKS = 1024, MOST_BLOCKS_PER_GAP = 64 };
+       MASK_PAD = 128, NARROW_BLOCKS = 1 << 20, FILL_BLOCKS = 1024, MOST_BLOCKS_PER_GAP = 64 };
 
 struct plan {
     struct fa_cuda_kernel kernel;   /* its shared memory with the bias tiles */
@@ -196,9 +196,8 @@ static int64_t mask_planes(const struct fa_cuda_args *a)
 }
 
 /* Bits and flags of attn_mask: along an index with stride 0 there is one of them. */
-static void plan_mask(enum fa_pass pass, struct plan *plan)
+void fa_cuda_plan_mask(enum fa_pass pass, struct fa_cuda_args *a, int block_m, int block_n, int64_t *bytes)
 {
-    struct fa_cuda_args *a = &plan->args;
     struct fa_cuda_mask *m = &a->mask;
     const struct fa_scores *t = &a->p.mask;
     if (!t->ptr) return;
@@ -206,13 +205,13 @@ static void plan_mask(enum fa_pass pass, struct plan *plan)
     m->plane_b = !t->stride_b ? 0 : t->stride_h ? (int)a->p.h : 1;
     m->rows = t->stride_q ? (int)a->p.sq : 1;
     m->words = t->stride_k ? (int)(pad(a->p.sk, MASK_PAD) / 32) : 1;
-    m->block_m = plan->kernel.block_m, m->block_n = plan->kernel.block_n;
+    m->block_m = block_m, m->block_n = block_n;
     m->outer_is_keys = pass == FA_BACKWARD;
     m->outer = m->outer_is_keys ? (m->words > 1 ? a->n_tiles : 1) : (m->rows > 1 ? a->m_tiles : 1);
     m->tile_words = m->outer_is_keys ? (m->rows > 1 ? (int)blocks_of(a->m_tiles, 32) : 1) : (m->words > 1 ? (int)blocks_of(a->n_tiles, 32) : 1);
-    m->bits = take(a, mask_planes(a) * m->rows * m->words * (int64_t)sizeof(uint32_t), &plan->bytes);
-    m->some = take(a, mask_planes(a) * m->outer * m->tile_words * (int64_t)sizeof(uint32_t), &plan->bytes);
-    m->all = take(a, mask_planes(a) * m->outer * m->tile_words * (int64_t)sizeof(uint32_t), &plan->bytes);
+    m->bits = take(a, mask_planes(a) * m->rows * m->words * (int64_t)sizeof(uint32_t), bytes);
+    m->some = take(a, mask_planes(a) * m->outer * m->tile_words * (int64_t)sizeof(uint32_t), bytes);
+    m->all = take(a, mask_planes(a) * m->outer * m->tile_words * (int64_t)sizeof(uint32_t), bytes);
 }
 
 static void plan_forward(struct plan *plan, const struct fa_cuda_device *device)
@@ -234,16 +233,15 @@ static int64_t dbias_tiles(const struct fa_params *p, const struct fa_cuda_kerne
 }
 
 /* Few tiles: several blocks share the visits of each, as many as fill the device. */
-static void plan_bias_gradient(struct plan *plan, const struct fa_cuda_device *device)
+void fa_cuda_plan_bias_gradient(struct fa_cuda_args *a, const struct fa_cuda_device *device, int64_t *bytes)
 {
-    struct fa_cuda_args *a = &plan->args;
     const struct fa_cuda_kernel *kernel = fa_sm80_bias_gradient(a->p.dtype);
     const int64_t tiles = dbias_tiles(&a->p, kernel), slots = device->multiprocessors * (int64_t)kernel->blocks;
     const int64_t scores = a->p.b * a->p.h * blocks_of(a->p.sq, kernel->block_m) * blocks_of(a->p.sk, kernel->block_n);
     a->parts = 1;
     if (!a->p.dbias.ptr || tiles == 0 || scores == 0 || 2 * tiles > slots) return;
     a->parts = (int)least(scores / tiles, slots / tiles);
-    if (a->parts > 1) a->partial_dbias = take(a, a->parts * elements_of(&a->p.dbias, &a->p) * (int64_t)sizeof(float), &plan->bytes);
+    if (a->parts > 1) a->partial_dbias = take(a, a->parts * elements_of(&a->p.dbias, &a->p) * (int64_t)sizeof(float), bytes);
 }
 
 void fa_cuda_plan_backward(struct fa_cuda_args *a, int row_pad, int64_t *bytes)
@@ -270,12 +268,12 @@ static enum fa_status make_plan(enum fa_pass pass, const struct fa_params *p, st
     plan->args.m_tiles = (int)blocks_of(p->sq, plan->kernel.block_m);
     plan->args.n_tiles = (int)blocks_of(p->sk, plan->kernel.block_n);
     plan_narrow_bias(plan);
-    plan_mask(pass, plan);
+    fa_cuda_plan_mask(pass, &plan->args, plan->kernel.block_m, plan->kernel.block_n, &plan->bytes);
     if (pass == FA_FORWARD) {
         plan_forward(plan, device);
     } else {
         fa_cuda_plan_backward(&plan->args, plan->kernel.block_m, &plan->bytes);
-        plan_bias_gradient(plan, device);
+        fa_cuda_plan_bias_gradient(&plan->args, device, &plan->bytes);
     }
     return FA_OK;
 }
@@ -322,16 +320,13 @@ enum fa_status fa_cuda_launch_fill(fa_cuda_helper *helper, const struct fa_cuda_
     return fa_cuda_launch("launch of the fill kernel", helper(args->p.dtype), gaps * each, 1, args, args->p.stream, error);
 }
 
-/* The mask as bits, and the flags of its tiles. */
-static enum fa_status launch_mask(const struct fa_cuda_args *a, struct fa_error *error)
+/* The mask as bits, and the flags of its tiles: a byte of them a block, or one word where all inner tiles are alike. */
+enum fa_status fa_cuda_launch_mask(const struct fa_cuda_args *a, struct fa_error *error)
 {
-    const struct fa_cuda_kernel *pack = fa_cuda_pack(a->p.dtype), *flags = fa_cuda_flags(a->p.dtype);
     const struct fa_cuda_mask *m = &a->mask;
+    const int64_t groups = (m->outer_is_keys ? m->rows : m->words) == 1 ? 1 : m->tile_words * 4;
     if (!m->bits || a->m_tiles == 0 || a->n_tiles == 0) return FA_OK;
-    const int64_t words = mask_planes(a) * m->rows * m->words, rows = mask_planes(a) * m->outer * m->tile_words;
-    enum fa_status status = fa_cuda_launch("launch of the pack kernel", pack, least(blocks_of(words, pack->block_m), PACK_BLOCKS), 1, a, a->p.stream, error);
-    if (status) return status;
-    return fa_cuda_launch("launch of the flags kernel", flags, blocks_of(rows, flags->block_m), 1, a, a->p.stream, error);
+    return fa_cuda_launch("launch of the pack kernel", fa_cuda_pack(a->p.dtype), mask_planes(a) * m->outer * groups, 1, a, a->p.stream, error);
 }
 
 /* What the kernels read in place of a float64 bias and of the mask. */
@@ -340,8 +335,8 @@ static enum fa_status launch_scores(const struct fa_cuda_args *a, struct fa_erro
     const struct fa_cuda_kernel *narrow = fa_cuda_narrow(a->p.dtype);
     const int64_t elements = a->wide_bias.ptr ? elements_of(&a->wide_bias, &a->p) : 0;
     const enum fa_status status = fa_cuda_launch("launch of the narrow kernel", narrow,
-                                                 least(blocks_of(elements, narrow->block_m), PACK_BLOCKS), 1, a, a->p.stream, error);
-    return status ? status : launch_mask(a, error);
+                                                 least(blocks_of(elements, narrow->block_m), NARROW_BLOCKS), 1, a, a->p.stream, error);
+    return status ? status : fa_cuda_launch_mask(a, error);
 }
 
 static enum fa_status run_forward(const struct plan *plan, struct fa_error *error)

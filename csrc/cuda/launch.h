@@ -3,9 +3,8 @@
  * Helper kernels serve fp32, fp16 and bf16, and work on block_m rows of one head a block, whatever the head dimension:
  *
  *     fill       rows that belong to no sequence: 0, lse -inf          grid: see fill.cu
- *     pack       attn_mask as bits, and                               grid: enough for a word a thread, or fewer
- *     narrow     a float64 attn_bias as fp32                          grid: as pack
- *     flags      bits of its tiles, see mask.cuh                      grid: words of flags / block_m
+ *     pack       attn_mask as bits, and bits of its tiles, see mask.cuh     grid: block_m tiles a block
+ *     narrow     a float64 attn_bias as fp32                          grid: enough for an element a thread, or fewer
  *     combine    out and lse from the partial results of key splits    grid: b h ceil(sq / block_m)
  *     dmask      s_dmask                                               grid: b h ceil(dmask_sq / block_m)
  *     prepare    lse2 and delta; dq_accum and turns become 0           grid: b h ceil(padded sq / block_m)
@@ -22,7 +21,7 @@ extern "C" {
 typedef const struct fa_cuda_kernel *fa_cuda_helper(enum fa_dtype dtype);
 
 fa_cuda_helper fa_cuda_fill_forward, fa_cuda_fill_backward, fa_cuda_combine, fa_cuda_dmask, fa_cuda_prepare, fa_cuda_convert,
-               fa_cuda_pack, fa_cuda_flags, fa_cuda_narrow;
+               fa_cuda_pack, fa_cuda_narrow;
 
 /* The gradient of attn_bias, for every head dim, and the sum of its parts: see sm80/bias_gradient.cuh. */
 fa_cuda_helper fa_sm80_bias_gradient, fa_sm80_fp32_bias_gradient, fa_sm80_bias_parts;
@@ -42,6 +41,12 @@ enum fa_status fa_cuda_launch(const char *name, const struct fa_cuda_kernel *ker
 enum fa_status fa_cuda_launch_rows(const char *name, fa_cuda_helper *helper, int64_t rows, const struct fa_cuda_args *args,
                                    struct fa_error *error);
 enum fa_status fa_cuda_launch_fill(fa_cuda_helper *helper, const struct fa_cuda_args *args, struct fa_error *error);
+
+/* What a kernel with tiles of block_m x block_n reads in place of attn_mask: its pieces of the workspace, behind *bytes, which grows,
+ * and the launch that fills them. m_tiles and n_tiles are known. Likewise for the gradient of attn_bias, if it is wanted. */
+void fa_cuda_plan_mask(enum fa_pass pass, struct fa_cuda_args *a, int block_m, int block_n, int64_t *bytes);
+void fa_cuda_plan_bias_gradient(struct fa_cuda_args *a, const struct fa_cuda_device *device, int64_t *bytes);
+enum fa_status fa_cuda_launch_mask(const struct fa_cuda_args *a, struct fa_error *error);
 
 /* The backward's pieces of the workspace, by the sizes and the d_bucket in `a`, behind *bytes, which grows; rows are padded to
  * row_pad, the kernel's query tile. Then its launches: prepare | the kernel, over b hk n_tiles blocks and with `args` for its

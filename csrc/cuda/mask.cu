@@ -1,11 +1,12 @@
-/* cuda/mask.cu: makes of attn_mask what mask.cuh describes, once a call.
+/* cuda/mask.cu: makes of attn_mask what mask.cuh describes, in one launch a call.
  *
- *     pack     a thread reads the bytes of 32 keys of a row and writes their word
- *     flags    a warp reads the words of 32 inner tiles, a lane each, and writes two words of flags
- *
+ * A block owns eight inner tiles of an outer one: its threads read the bytes of 32 keys of a row each and write their word, and what
+ * the words hold of each tile comes together as a byte of `some` and a byte of `all`.
  * A mask that is the same for all queries (for padding: batch and keys only) or all keys takes one row or one word. */
 #include "mask.cuh"
 #include "row.cuh"
+
+enum : int { PACK_THREADS = 512, TILES = 8, WORD = 32, AT_ONCE = 4 };
 
 /* A bit for each byte of x that is not 0. */
 FA_DEVICE uint32_t nonzero_bytes(uint32_t x)
@@ -13,73 +14,104 @@ FA_DEVICE uint32_t nonzero_bytes(uint32_t x)
     const uint32_t top = (x | (x & 0x7f7f7f7fu) + 0x7f7f7f7fu) & 0x80808080u;
     return (top >> 7) * 0x10204080u >> 28;
 }
+FA_DEVICE uint32_t nonzero_bytes(const uint4 &x)
+{
+    return nonzero_bytes(x.x) | nonzero_bytes(x.y) << 4 | nonzero_bytes(x.z) << 8 | nonzero_bytes(x.w) << 12;
+}
 
+/* Bytes of up to 32 keys, one by one or as vectors of 16; none beyond the last key is read. */
 FA_DEVICE uint32_t pack_word(const uint8_t *bytes, int64_t stride, int keys)
 {
     uint32_t word = 0;
-    if (keys == 32 && stride == 1 && (uintptr_t)bytes % 16 == 0) {
-        #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const uint4 x = ((const uint4 *)bytes)[half];
-            word |= (nonzero_bytes(x.x) | nonzero_bytes(x.y) << 4 | nonzero_bytes(x.z) << 8 | nonzero_bytes(x.w) << 12) << 16 * half;
-        }
-    } else {
-        for (int j = 0; j < keys; j++) word |= (uint32_t)(bytes[j * stride] != 0) << j;
-    }
+    for (int j = 0; j < min(keys, (int)WORD); j++) word |= (uint32_t)(bytes[j * stride] != 0) << j;
     return word;
 }
+FA_DEVICE uint32_t pack_vectors(const uint8_t *bytes, int keys)
+{
+    const uint4 zero = make_uint4(0, 0, 0, 0);
+    const uint4 low = keys > 0 ? __ldg((const uint4 *)bytes) : zero, high = keys > 16 ? __ldg((const uint4 *)bytes + 1) : zero;
+    return nonzero_bytes(low) | nonzero_bytes(high) << 16;
+}
 
-__global__ void __launch_bounds__(HELPER_THREADS) pack_kernel(const __grid_constant__ fa_cuda_args a)
+/* Rows and words [first, end) of a block. */
+struct pack_region { int row, row_end, word, word_end; };
+FA_DEVICE pack_region region_of(const fa_cuda_args &a, int outer, int inner)
+{
+    const fa_cuda_mask &m = a.mask;
+    const int m0 = m.outer_is_keys ? inner : outer, m_count = m.outer_is_keys ? TILES : 1;
+    const int n0 = m.outer_is_keys ? outer : inner, n_count = m.outer_is_keys ? 1 : TILES;
+    const bool last = m.outer_is_keys && outer == m.outer - 1;      /* words beyond the last tile are its */
+    pack_region r = { 0, 1, 0, 1 };
+    if (m.rows > 1) r.row = m0 * m.block_m, r.row_end = min((m0 + m_count) * m.block_m, m.rows);
+    if (m.words > 1) r.word = n0 * m.block_n / WORD, r.word_end = last ? m.words : min((n0 + n_count) * m.block_n / WORD, m.words);
+    return r;
+}
+
+__global__ void __launch_bounds__(PACK_THREADS) pack_kernel(const __grid_constant__ fa_cuda_args a)
 {
     const fa_cuda_mask &m = a.mask;
     const fa_scores &t = a.p.mask;
-    const int heads = m.plane_h ? (int)a.p.h : 1, planes = heads * (m.plane_b ? (int)a.p.b : 1);
-    const int64_t words = (int64_t)planes * m.rows * m.words, step = (int64_t)gridDim.x * HELPER_THREADS;
-    for (int64_t at = (int64_t)blockIdx.x * HELPER_THREADS + threadIdx.x; at < words; at += step) {
-        const int j = (int)(at % m.words) * 32;
-        const int64_t row = at / m.words, plane = row / m.rows;
-        const uint8_t *bytes = (const uint8_t *)t.ptr + plane / heads * t.stride_b + plane % heads * t.stride_h
-                             + row % m.rows * t.stride_q + j * t.stride_k;
-        if (m.words == 1) m.bits[at] = *bytes ? 0xffffffffu : 0;
-        else m.bits[at] = pack_word(bytes, t.stride_k, min((int)a.p.sk - j, 32));
-    }
-}
+    const bool alike = (m.outer_is_keys ? m.rows : m.words) == 1;   /* inner tiles: a block for all of them */
+    const int groups = alike ? 1 : m.tile_words * 4, group = blockIdx.x % groups, sk = (int)a.p.sk;
+    const int outer = blockIdx.x / groups % m.outer, plane = blockIdx.x / groups / m.outer, heads = m.plane_h ? (int)a.p.h : 1;
+    const pack_region r = region_of(a, outer, group * TILES);
+    const int width = max(r.word_end - r.word, 0), count = max(r.row_end - r.row, 0) * width;
+    const uint8_t *bytes = (const uint8_t *)t.ptr + plane / heads * t.stride_b + plane % heads * t.stride_h;
+    const bool vectors = m.words > 1 && t.stride_k == 1 && sk % 16 == 0 && ((uintptr_t)bytes | t.stride_q) % 16 == 0;
+    uint32_t *bits = m.bits + (int64_t)plane * m.rows * m.words;
+    uint32_t found = 0;                                             /* tiles with a visible key; 8 bits on, with a hidden one */
+    __shared__ uint32_t found_by_all;
+    if (threadIdx.x == 0) found_by_all = 0;
+    __syncthreads();
 
-__global__ void __launch_bounds__(HELPER_THREADS) flags_kernel(const __grid_constant__ fa_cuda_args a)
-{
-    const fa_cuda_mask &m = a.mask;
-    const int lane = threadIdx.x % 32, block_m = m.block_m, block_n = m.block_n;
-    const int64_t at = (int64_t)blockIdx.x * (HELPER_THREADS / 32) + threadIdx.x / 32, row = at / m.tile_words;
-    const int plane = (int)(row / m.outer), outer = (int)(row % m.outer);
-    const int planes = (m.plane_h ? (int)a.p.h : 1) * (m.plane_b ? (int)a.p.b : 1);
-    if (plane >= planes) return;
-    const bool alike = (m.outer_is_keys ? m.rows : m.words) == 1;
-    const int inner = alike ? 0 : (int)(at % m.tile_words) * 32 + lane;
-    const int i0 = (m.outer_is_keys ? inner : outer) * block_m, i_end = m.rows == 1 ? i0 + 1 : min(i0 + block_m, (int)a.p.sq);
-    const int j0 = (m.outer_is_keys ? outer : inner) * block_n, j_end = min(j0 + block_n, (int)a.p.sk);
-    uint32_t some = 0, missing = i0 < i_end && j0 < j_end ? 0 : 1;
-    for (int i = i0; i < i_end && !(some && missing); i++)
-        for (int j = j0; j < j_end; j = (j / 32 + 1) * 32) {
-            const int keys = min(j_end, (j / 32 + 1) * 32) - j;
-            const uint32_t word = mask_word(m, plane, i, j), these = 0xffffffffu >> (32 - keys) << j % 32;
-            some |= word & these;
-            missing |= ~word & these;
+    auto finish = [&](int i, int w, uint32_t word) {
+        const int j = w * WORD, keys = min(sk - j, (int)WORD), piece = min(m.block_n, (int)WORD);
+        bits[(int64_t)i * m.words + w] = word;
+        for (int first = 0; first < keys; first += piece) {
+            const int tile = alike ? 0 : (m.outer_is_keys ? i / m.block_m : (j + first) / m.block_n) - group * TILES;
+            const uint32_t these = ~0u >> (WORD - min(piece, keys - first)) << first;
+            found |= (uint32_t)((word & these) != 0) << tile | (uint32_t)((~word & these) != 0) << (tile + TILES);
         }
-    some = __ballot_sync(0xffffffff, some != 0);
-    const uint32_t all = __ballot_sync(0xffffffff, missing == 0);
-    if (lane != 0) return;
-    m.some[at] = some;
-    m.all[at] = all;
+    };
+    if (vectors) {
+        for (int first = threadIdx.x; first < count; first += AT_ONCE * PACK_THREADS) {
+            uint32_t word[AT_ONCE];
+            #pragma unroll
+            for (int x = 0; x < AT_ONCE; x++) {
+                const int at = first + x * PACK_THREADS, j = (r.word + at % width) * WORD;
+                word[x] = pack_vectors(bytes + (r.row + at / width) * t.stride_q + j, at < count ? sk - j : 0);
+            }
+            #pragma unroll
+            for (int x = 0; x < AT_ONCE; x++) {
+                const int at = first + x * PACK_THREADS;
+                if (at < count) finish(r.row + at / width, r.word + at % width, word[x]);
+            }
+        }
+    } else {
+        for (int at = threadIdx.x; at < count; at += PACK_THREADS) {
+            const int i = r.row + at / width, w = r.word + at % width;
+            const uint8_t *from = bytes + i * t.stride_q + (int64_t)w * WORD * t.stride_k;
+            finish(i, w, m.words == 1 ? (*from ? ~0u : 0) : pack_word(from, t.stride_k, sk - w * WORD));
+        }
+    }
+
+    found = __reduce_or_sync(0xffffffff, found);
+    if (threadIdx.x % 32 == 0 && found) atomicOr(&found_by_all, found);
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    const uint32_t some = found_by_all & 0xff, all = some & ~(found_by_all >> TILES);
+    const int64_t flags = ((int64_t)plane * m.outer + outer) * m.tile_words;
+    if (alike) {                                                    /* one word for every inner tile */
+        m.some[flags] = some ? ~0u : 0;
+        m.all[flags] = all ? ~0u : 0;
+    } else {
+        ((uint8_t *)(m.some + flags))[group] = (uint8_t)some;
+        ((uint8_t *)(m.all + flags))[group] = (uint8_t)all;
+    }
 }
 
 extern "C" const struct fa_cuda_kernel *fa_cuda_pack(enum fa_dtype)
 {
-    static const struct fa_cuda_kernel kernel = { (const void *)pack_kernel, HELPER_THREADS, 0, HELPER_THREADS, 0, 0, 0 };
-    return &kernel;
-}
-
-extern "C" const struct fa_cuda_kernel *fa_cuda_flags(enum fa_dtype)
-{
-    static const struct fa_cuda_kernel kernel = { (const void *)flags_kernel, HELPER_THREADS, 0, HELPER_THREADS / 32, 0, 0, 0 };
+    static const struct fa_cuda_kernel kernel = { (const void *)pack_kernel, PACK_THREADS, 0, TILES, 0, 0, 0 };
     return &kernel;
 }

@@ -44,6 +44,29 @@ FA_DEVICE int last_visible_tile(const fa_cuda_mask &m, int plane, int outer, int
     return first - 1;
 }
 
+/* The first tile of [first, end) that has a visible key, `end` if there is none. */
+FA_DEVICE int first_visible_tile(const fa_cuda_mask &m, int plane, int outer, int first, int end)
+{
+    const uint32_t *flags = tile_flags(m, m.some, plane, outer);
+    while (first < end) {
+        const uint32_t bits = flag_word(m, flags, first) & 0xffffffffu << first % 32;
+        if (bits) return min(first / 32 * 32 + __ffs(bits) - 1, end);
+        first = (first / 32 + 1) * 32;
+    }
+    return end;
+}
+/* How many of them have. */
+FA_DEVICE int visible_inner_tiles(const fa_cuda_mask &m, int plane, int outer, int first, int end)
+{
+    const uint32_t *flags = tile_flags(m, m.some, plane, outer);
+    int count = 0;
+    for (; first < end; first = (first / 32 + 1) * 32) {
+        const uint32_t beyond = end - first / 32 * 32 < 32 ? 0xffffffffu << (end - first / 32 * 32) : 0;
+        count += __popc(flag_word(m, flags, first) & 0xffffffffu << first % 32 & ~beyond);
+    }
+    return count;
+}
+
 /* How many of the outer tiles [first, end) have a visible key in an inner tile. All lanes of a warp take part. */
 FA_DEVICE int visible_tiles(const fa_cuda_mask &m, int plane, int first, int end, int tile)
 {

@@ -41,6 +41,12 @@ FA_DEVICE float2 load_shared_8(uint32_t src)
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(src) : "memory");
     return x;
 }
+FA_DEVICE uint32_t load_shared_4(uint32_t src)
+{
+    uint32_t x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(src) : "memory");
+    return x;
+}
 FA_DEVICE void store_shared_4(uint32_t dst, uint32_t x) { asm volatile("st.shared.b32 [%0], %1;" :: "r"(dst), "r"(x) : "memory"); }
 
 /* Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8. Lane (g, t) = (l / 4, l % 4)
@@ -94,6 +100,14 @@ template <enum fa_dtype T> FA_DEVICE float unpack(uint32_t x)
     if constexpr (T == FA_FLOAT16) asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(f) : "r"(x));
     else f = __uint_as_float(x << 16);
     return f;
+}
+
+/* x and y, times scale, plus a pair of 16-bit elements. */
+template <enum fa_dtype T> FA_DEVICE void add_pair(float &x, float &y, uint32_t two, float scale)
+{
+    x = fmaf(x, scale, unpack<T>(two & 0xffff));
+    if constexpr (T == FA_BFLOAT16) y = fmaf(y, scale, __uint_as_float(two & 0xffff0000));
+    else y = fmaf(y, scale, unpack<T>(two >> 16));
 }
 
 /* --------------------------------------------------------------------------------------------------- scalars */

@@ -21,6 +21,10 @@ static const struct { const char *name; fa_sm90_find *find; } hopper_tables[] = 
     { "sm90 forward 128", fa_sm90_forward_bf16_128 }, { "sm90 forward 192", fa_sm90_forward_bf16_192 },
     { "sm90 forward 256", fa_sm90_forward_bf16_256 },
 };
+static const struct { const char *name; fa_cuda_helper *find; } added_tables[] = {
+    { "sm90 forward 64 added", fa_sm90_added_64 },            { "sm90 forward 128 added", fa_sm90_added_128 },
+    { "sm90 backward 64 added", fa_sm90_added_backward_64 },  { "sm90 backward 128 added", fa_sm90_added_backward_128 },
+};
 static const struct { const char *name; fa_sm90_find_backward *find; } hopper_backward_tables[] = {
     { "sm90 backward 64",  fa_sm90_backward_64 },  { "sm90 backward 96",  fa_sm90_backward_96 },
     { "sm90 backward 128", fa_sm90_backward_128 }, { "sm90 backward 192", fa_sm90_backward_192 },
@@ -42,6 +46,10 @@ int main(void)
     for (size_t n = 0; n < sizeof hopper_tables / sizeof *hopper_tables; n++)
         for (enum fa_variant variant = FA_PLAIN; variant < FA_VARIANTS; variant++)
             print(hopper_tables[n].name, variant, "", hopper_tables[n].find(variant));
+    for (size_t n = 0; n < sizeof added_tables / sizeof *added_tables; n++) {
+        const struct fa_cuda_kernel *kernel = added_tables[n].find(FA_BFLOAT16);
+        printf("%s: %d x %d, %d threads, %d bytes\n", added_tables[n].name, kernel->block_m, kernel->block_n, kernel->threads, kernel->shared_bytes);
+    }
     for (size_t n = 0; n < sizeof hopper_backward_tables / sizeof *hopper_backward_tables; n++)
         for (enum fa_variant variant = FA_PLAIN; variant < FA_VARIANTS; variant++)
             print(hopper_backward_tables[n].name, variant, "",

@@ -64,6 +64,7 @@ FA_SM90_BACKWARD_WALK::consume()
         }
         wgmma_wait<1>();
         wgmma_result(s);
+        if (Tile::ADDED) add_scores(s, at, row16);
         probabilities(s, p_left, flags, at, key, masked, shared + Shared::LSE2 + stage * BLOCK_M * 4);
         wgmma_fence();
         accumulate(dv, p_left, do_tile);
@@ -133,8 +134,9 @@ __global__ void __launch_bounds__(128 * (Tile::GROUPS + 1), 1) sm90_backward_ker
     const int heads = (int)(a.p.b * a.p.hk), per_section = args.section * a.n_tiles;
     const int first = blockIdx.x / per_section * args.section, in_section = min(args.section, heads - first);
     const int rest = blockIdx.x % per_section, batch_head = first + rest % in_section;
-    kernel block(args, shared, batch_head / (int)a.p.hk, batch_head % (int)a.p.hk,
-                 a.p.deterministic ? a.n_tiles - 1 - rest / in_section : rest / in_section);
+    const bool batch_fastest = Tile::ADDED && a.batch_fastest;
+    kernel block(args, shared, batch_fastest ? batch_head % (int)a.p.b : batch_head / (int)a.p.hk,
+                 batch_fastest ? batch_head / (int)a.p.b : batch_head % (int)a.p.hk, a.p.deterministic ? a.n_tiles - 1 - rest / in_section : rest / in_section);
     if (block.j0 >= block.seq.k_rows) return;
     if (threadIdx.x == 0) kernel::init_barriers(shared);
     __syncthreads();

@@ -9,6 +9,10 @@ struct fa_sm90_backward_args {
     struct fa_tensor_map q, k, v, dout;     /* boxes of BLOCK_M rows; of k and v, of a block's keys */
     struct fa_cuda_args a;
     int section;                            /* heads whose key tiles run side by side, so that L2 holds what they share */
+    struct fa_tensor_map bias;              /* boxes of 64 queries x 64 keys, for the kernels that take one */
+    int bias_b, bias_h;                     /* 0: the same along this index */
+    struct fa_tensor_map mask;              /* boxes of BLOCK_M queries x 4 words */
+    bool mask_boxes;                        /* the mask's bits come in them: it has rows and words */
 };
 
 #endif

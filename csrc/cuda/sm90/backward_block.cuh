@@ -4,6 +4,7 @@
 #define FA_SM90_BACKWARD_BLOCK_CUH
 
 #include "../dq_layout.cuh"
+#include "../mask.cuh"
 #include "../score.cuh"
 #include "backward_args.h"
 #include "backward_config.h"
@@ -15,13 +16,15 @@ template <int D, class Tile> struct sm90_backward_shared {
         BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, STAGES = 2, PANELS = (D + 63) / 64,
         K_BYTES = BLOCK_N * PANELS * 128, Q_BYTES = BLOCK_M * PANELS * 128, DS_BYTES = BLOCK_N * BLOCK_M * 2,
         DQ_BYTES = Tile::BULK_DQ ? 64 * D * 4 : 0, P_BYTES = Tile::ROLES == 2 ? BLOCK_N * BLOCK_M * 2 : 0,
+        BOX_BYTES = 64 * 128, BIAS_BYTES = Tile::ADDED ? BLOCK_M * BLOCK_N * 2 : 0, MASK_BYTES = Tile::ADDED ? BLOCK_M * 16 : 0,
         K = 0, V = K + K_BYTES, Q = V + K_BYTES, DO = Q + STAGES * Q_BYTES, DS = DO + STAGES * Q_BYTES,
-        DQ = DS + 2 * DS_BYTES, P = DQ + Tile::GROUPS * DQ_BYTES, LSE2 = P + 2 * P_BYTES, DELTA = LSE2 + STAGES * BLOCK_M * 4,
+        DQ = DS + 2 * DS_BYTES, P = DQ + Tile::GROUPS * DQ_BYTES, BIAS = P + 2 * P_BYTES, MASK = BIAS + STAGES * BIAS_BYTES, LSE2 = MASK + STAGES * MASK_BYTES, DELTA = LSE2 + STAGES * BLOCK_M * 4,
         BARRIERS = DELTA + STAGES * BLOCK_M * 4,
         K_FULL = BARRIERS, V_FULL = K_FULL + 8, Q_FULL = V_FULL + 8, DO_FULL = Q_FULL + 8 * STAGES,
         Q_FREE = DO_FULL + 8 * STAGES, DO_FREE = Q_FREE + 8 * STAGES, DS_FULL = DO_FREE + 8 * STAGES, DS_FREE = DS_FULL + 16,
         DQ_FULL = DS_FREE + 16, DQ_FREE = DQ_FULL + 8 * Tile::GROUPS,
-        DQ_NOTE = (DQ_FREE + 8 * Tile::GROUPS + 15) / 16 * 16, BYTES = DQ_NOTE + 16 * Tile::GROUPS,
+        DQ_NOTE = (DQ_FREE + 8 * Tile::GROUPS + 15) / 16 * 16, HIDDEN = DQ_NOTE + 16 * Tile::GROUPS,
+        BYTES = HIDDEN + (Tile::ADDED ? 4 * STAGES : 0),
     };
     static_assert(BYTES <= 232448, "a block's limit");
 };
@@ -33,7 +36,7 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
         ROLES = Tile::ROLES, BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, STAGES = Shared::STAGES, PANELS = Shared::PANELS,
         NT = BLOCK_M / 8, QT = BLOCK_M / 16, DT = D / 8, KV_STEPS = Tile::KV_REGISTERS ? D / 16 : 1,
         ALTERNATE = BLOCK_M == 64,      /* the warpgroups take turns at dQ, else each has 64 of its rows */
-        DK_BEHIND = BLOCK_M == 64 && (D < 128 || !(MODS || DROPOUT)),  /* dK runs into the next step: where registers last */
+        DK_BEHIND = BLOCK_M == 64 && (D < 128 || !(MODS || DROPOUT || Tile::ADDED)),  /* dK runs into the next step: where registers last */
         /* named barriers */
         READY = 1, FREE = READY + GROUPS, ALL = FREE + GROUPS, GROUP = ALL + 1, P_READY = GROUP + GROUPS, P_FREE = P_READY + 2,
     };
@@ -55,15 +58,37 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
         m_first = min(m_first, m_last);
     }
 
-    __device__ __forceinline__ int steps() const { return (m_last - m_first) * a.group; }
+    __device__ __forceinline__ bool skips() const { return Tile::ADDED && a.mask.bits; }
+    __device__ __forceinline__ int steps() const
+    {
+        if (!skips()) return (m_last - m_first) * a.group;
+        int count = 0;
+        for (int head = kv_head * a.group; head < (kv_head + 1) * a.group; head++)
+            count += visible_inner_tiles(a.mask, mask_plane(a.mask, b, head), j0 / BLOCK_N, m_first, m_last);
+        return count;
+    }
 
-    /* Where a walk over the query tiles of the group's heads is. */
+    /* Where a walk over the query tiles of the group's heads is; those that the mask shows nothing of are passed over. */
     struct position { int head, m, step; };
-    __device__ __forceinline__ position start() const { return { kv_head * a.group, m_first, 0 }; }
+    __device__ __forceinline__ position start() const
+    {
+        position at = { kv_head * a.group, m_first, 0 };
+        if (skips()) find_visible(at);
+        return at;
+    }
     __device__ __forceinline__ void advance_to_next(position &at) const
     {
         at.step++;
-        if (++at.m == m_last) { at.m = m_first; at.head++; }
+        at.m++;
+        if (skips()) find_visible(at);
+        else if (at.m == m_last) { at.m = m_first; at.head++; }
+    }
+    __device__ __forceinline__ void find_visible(position &at) const
+    {
+        for (; at.head < (kv_head + 1) * a.group; at.head++, at.m = m_first) {
+            at.m = first_visible_tile(a.mask, mask_plane(a.mask, b, at.head), j0 / BLOCK_N, at.m, m_last);
+            if (at.m < m_last) break;
+        }
     }
 
     __device__ __forceinline__ static void init_barriers(uint32_t shared)
@@ -106,6 +131,24 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
         bulk_load(rows_at, rows + padded_row(a, seq, b, at.head) + at.m * BLOCK_M, BLOCK_M * 4, barrier);
     }
 
+    /* The bias tile of a step, a box for a warpgroup's keys, its mask, and whether the mask hides any of it: they come and go with Q. */
+    __device__ __forceinline__ void load_added(const position &at, int stage, uint32_t barrier)
+    {
+        const int plane = a.mask.bits ? mask_plane(a.mask, b, at.head) : 0;
+        const bool hidden = a.mask.bits && !tile_is_whole(a.mask, plane, j0 / BLOCK_N, at.m);
+        store_shared_4(shared + Shared::HIDDEN + 4 * stage, hidden);
+        if (hidden && args.mask_boxes) {
+            mbarrier_expect(barrier, Shared::MASK_BYTES);
+            tma_load(shared + Shared::MASK + stage * Shared::MASK_BYTES, args.mask, j0 / 32, at.m * BLOCK_M, plane, 0, barrier, EVICT_NORMAL);
+        }
+        if (!a.p.bias.ptr) return;
+        mbarrier_expect(barrier, Shared::BIAS_BYTES);
+        #pragma unroll
+        for (int g = 0; g < GROUPS; g++)
+            tma_load(shared + Shared::BIAS + stage * Shared::BIAS_BYTES + g * Shared::BOX_BYTES, args.bias, j0 + 64 * g, at.m * BLOCK_M,
+                     at.head * args.bias_h, b * args.bias_b, barrier, EVICT_NORMAL);
+    }
+
     __device__ __forceinline__ void produce()
     {
         const int total = steps();
@@ -114,6 +157,7 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
             const int s = at.step % STAGES, parity = at.step / STAGES % 2 ^ 1;
             if (at.step == 0) load_keys(args.k, shared + Shared::K, shared + Shared::K_FULL);
             mbarrier_wait(shared + Shared::Q_FREE + 8 * s, parity);
+            if (Tile::ADDED) load_added(at, s, shared + Shared::Q_FULL + 8 * s);
             load_queries(args.q, shared + Shared::Q + s * Shared::Q_BYTES, a.lse2, shared + Shared::LSE2 + s * BLOCK_M * 4,
                          at, shared + Shared::Q_FULL + 8 * s);
             if (at.step == 0) load_keys(args.v, shared + Shared::V, shared + Shared::V_FULL);
@@ -208,6 +252,35 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
         }
     }
 
+    /* bias_scale S^T + bias^T, -inf where the mask hides the key. A piece is 16 keys, `key` the first of this lane's two, x 16 queries. */
+    __device__ __forceinline__ void add_scores(float (&s)[BLOCK_M / 2], const position &at, int row16)
+    {
+        const int lane = thread_anew() & 31;
+        if (a.p.bias.ptr) {
+            const uint32_t box = shared + Shared::BIAS + at.step % STAGES * Shared::BIAS_BYTES + row16 / 64 * Shared::BOX_BYTES;
+            const uint32_t from = box + ((lane & 7) + (lane >> 4 << 3)) * 128 + ((row16 % 64 / 8 + (lane >> 3 & 1)) << 4 ^ (lane & 7) << 4);
+            #pragma unroll
+            for (int q = 0; q < QT; q++) {
+                uint32_t x[4];
+                ldmatrix_trans(x, from + q * 2048);
+                #pragma unroll
+                for (int r = 0; r < 4; r++) add_pair<T>(s[8 * q + 2 * r], s[8 * q + 2 * r + 1], x[r], a.bias_scale);
+            }
+        }
+        if (!load_shared_4(shared + Shared::HIDDEN + at.step % STAGES * 4)) return;
+        const int i0 = (lane & 3) * 2, j = j0 + row16, plane = mask_plane(a.mask, b, at.head), shift = j % 32 + (lane >> 2);
+        const uint32_t words = shared + Shared::MASK + at.step % STAGES * Shared::MASK_BYTES + i0 * 16 + row16 / 32 * 4;
+        #pragma unroll
+        for (int n = 0; n < NT; n++)
+            #pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const uint32_t word = (args.mask_boxes ? load_shared_4(words + (8 * n + c) * 16)
+                                       : mask_word(a.mask, plane, min(at.m * BLOCK_M + i0 + 8 * n + c, seq.sq - 1), j)) >> shift;
+                if (!(word & 1)) s[4 * n + c] = -INFINITY;
+                if (!(word & 256)) s[4 * n + 2 + c] = -INFINITY;
+            }
+    }
+
     /* S^T becomes P^T: packed for dV in `left`, and times the score's derivative in s for dS, negative where dropped. */
     __device__ __forceinline__ void probabilities(float (&s)[BLOCK_M / 2], uint32_t (&left)[QT][4], const uint32_t (&flags)[QT][2],
                                                   const position &at, int key, bool masked, uint32_t lse2)
@@ -239,7 +312,8 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
                     float &x = s[4 * n + 2 * half + c], derivative = 1.0f;
                     const int i = i0 + 8 * n + c, j = key + 8 * half;
                     if (MODS) x = modify_score(a, x, slope, i + seq.sk - seq.sq - j, derivative);
-                    x = exp2_approx(fmaf(x, a.exponent_scale, -(c ? shift.y : shift.x)));
+                    x = fmaf(x, Tile::ADDED ? a.lse_scale : a.exponent_scale, -(c ? shift.y : shift.x));
+                    x = exp2_approx(Tile::ADDED ? x * a.lse_exponent : x);
                     if (MODS && masked && (i < first[half] || i >= last[half])) x = 0.0f;
                     p[c] = x;
                     if (MODS) x *= derivative;

@@ -9,6 +9,7 @@ template <int M, int R, bool KV, bool BULK> struct sm90_backward_row {
     enum : int {
         BLOCK_M = M, GROUPS = 2, ROLES = R, BLOCK_N = 64 * GROUPS / R, KV_REGISTERS = KV, BULK_DQ = BULK,
         REGISTERS = KV ? 232 : 240, PRODUCER_REGISTERS = KV ? 40 : 24,          /* a thread */
+        ADDED = 0,
     };
 };
 
@@ -20,5 +21,11 @@ template <bool PLAIN> struct sm90_backward_tile< 96, PLAIN>   : sm90_backward_ro
 template <bool PLAIN> struct sm90_backward_tile<128, PLAIN>   : sm90_backward_row< 64, 1, false, true> {};          /*  225 */
 template <bool PLAIN> struct sm90_backward_tile<192, PLAIN>   : sm90_backward_row< 64, 2, false, false> {};         /*  177 */
 template <bool PLAIN> struct sm90_backward_tile<256, PLAIN>   : sm90_backward_row< 64, 2, false, false> {};         /*  225 */
+
+/* For calls with attn_bias or attn_mask: with room for two stages of bias. */
+template <int M, bool KV, bool BULK> struct sm90_added_backward_row : sm90_backward_row<M, 1, KV, BULK> { enum : int { ADDED = 1 }; };
+template <int D> struct sm90_added_backward_tile;
+template <> struct sm90_added_backward_tile< 64> : sm90_added_backward_row< 64, true, true> {};         /*  161 */
+template <> struct sm90_added_backward_tile<128> : sm90_added_backward_row< 64, false, false> {};       /*  193 */
 
 #endif

@@ -1,16 +1,16 @@
 /* cuda/sm90/forward.c: the forward pass on Hopper, from a call to its launches.
  *
- *     counter = 0, if tiles differ in length | main kernel | fill, if packed | dmask
+ *     counter = 0, if tiles differ in length | pack, if masked | main kernel | fill, if packed | dmask
  *
  * The plan is a pure function of the call and the device. Blocks are as many as multiprocessors, and each works off tiles until
  * there are none: every gridDim.x-th where all are equally long, else the next from a counter, longest first. */
 #include "../device.h"
-#include "args.h"
+#include "added_args.h"
 #include "kernels.h"
 
 #define LEAST_EFFICIENCY 0.9
 
-enum { COUNTER_BYTES = 128, SECTION_BYTES = 32 << 20, MANY_TILES = 15 };
+enum { COUNTER_BYTES = 128, SECTION_BYTES = 32 << 20, MANY_TILES = 15, BIAS_ROWS = 64 };
 
 static int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
@@ -24,6 +24,7 @@ const struct fa_cuda_kernel *fa_sm90_forward_kernel(const struct fa_params *p)
         { 256, fa_sm90_forward_fp16_256, fa_sm90_forward_bf16_256 } };
     const int64_t channels = p->d > p->d_v ? p->d : p->d_v;
     int n = 0;
+    if (fa_sm90_is_added(p)) return (channels <= 64 ? fa_sm90_added_64 : fa_sm90_added_128)(p->dtype);
     while (buckets[n].channels < channels) n++;
     return (p->dtype == FA_FLOAT16 ? buckets[n].fp16 : buckets[n].bf16)(fa_cuda_variant(p));
 }
@@ -43,6 +44,9 @@ static int64_t section_of(const struct fa_params *p)
 /* How much of the device is busy when units of one length go round. */
 static double efficiency(int64_t units, int64_t blocks) { return (double)units / (double)(blocks_of(units, blocks) * blocks); }
 
+/* Whether tiles differ in length. */
+static bool is_uneven(const struct fa_params *p) { return is_bounded(p) || is_ragged(p) || p->mask.ptr; }
+
 /* Tiles of one length go round. Causal tiles grow with their number: a head's longest and shortest make a pair, pairs are of one
  * length and go round too, where they fill the device. Elsewhere a counter hands tiles out, longest first. */
 static void schedule(struct fa_sm90_forward_args *f, int64_t multiprocessors)
@@ -55,13 +59,35 @@ static void schedule(struct fa_sm90_forward_args *f, int64_t multiprocessors)
     if (grows && even && efficiency(pairs, multiprocessors) >= LEAST_EFFICIENCY) {
         f->section = 0;
         f->units = (int)pairs;
-    } else if (is_bounded(p) || is_ragged(p)) {
+    } else if (is_uneven(p)) {
         f->section = (int)section_of(p);
         f->counter = p->workspace;
     }
+    /* Sequences that share a bias side by side: numbered first, a section has all of them. */
+    if (fa_sm90_is_added(p) && f->section == 0) {
+        f->section = (int)section_of(p);
+        f->units = (int)(heads * f->a.m_tiles);
+        f->counter = p->workspace;
+    }
+    if (f->a.batch_fastest) f->section = (int)(blocks_of(f->section, p->b) * p->b);
 }
 
-int64_t fa_sm90_forward_workspace(const struct fa_params *p) { return is_bounded(p) || is_ragged(p) ? COUNTER_BYTES : 0; }
+/* The tiles of a call, and its pieces of the workspace; their size comes back. */
+static int64_t plan(const struct fa_cuda_kernel *kernel, struct fa_cuda_args *a)
+{
+    int64_t bytes = is_uneven(&a->p) ? COUNTER_BYTES : 0;
+    a->m_tiles = (int)blocks_of(a->p.sq, kernel->block_m);
+    a->n_tiles = (int)blocks_of(a->p.sk, kernel->block_n);
+    fa_cuda_plan_mask(FA_FORWARD, a, kernel->block_m, kernel->block_n, &bytes);
+    return bytes;
+}
+
+int64_t fa_sm90_forward_workspace(const struct fa_params *p)
+{
+    struct fa_cuda_args a = fa_cuda_arguments(p);
+    a.p.workspace = NULL;
+    return plan(fa_sm90_forward_kernel(p), &a);
+}
 
 static enum fa_status describe(const struct fa_params *p, const struct fa_cuda_kernel *kernel, struct fa_sm90_forward_args *f,
                                struct fa_error *error)
@@ -74,20 +100,30 @@ static enum fa_status describe(const struct fa_params *p, const struct fa_cuda_k
     return status;
 }
 
+static enum fa_status describe_bias(const struct fa_params *p, struct fa_sm90_added_args *g, struct fa_error *error)
+{
+    const struct fa_tensor rows = fa_sm90_bias_rows(p);
+    g->bias_b = rows.stride_b != 0, g->bias_h = rows.stride_h != 0;
+    if (!rows.ptr) return FA_OK;
+    return fa_tensor_map_encode(&g->bias, p->dtype, &rows, p->sk, p->sq, g->bias_h ? p->h : 1, g->bias_b ? p->b : 1, BIAS_ROWS, error);
+}
+
 static enum fa_status run(const struct fa_params *p, const struct fa_cuda_device *device, struct fa_error *error)
 {
     const struct fa_cuda_kernel *kernel = fa_sm90_forward_kernel(p);
-    struct fa_sm90_forward_args f = { .a = fa_cuda_arguments(p) };
-    f.a.m_tiles = (int)blocks_of(p->sq, kernel->block_m);
-    f.a.n_tiles = (int)blocks_of(p->sk, kernel->block_n);
-    schedule(&f, device->multiprocessors);
-    const int blocks = f.units < device->multiprocessors ? f.units : device->multiprocessors;
-    enum fa_status status = describe(p, kernel, &f, error);
-    if (f.units == blocks) f.counter = NULL;
-    if (!status && f.counter) status = fa_cuda_status(cudaMemsetAsync(f.counter, 0, sizeof *f.counter, p->stream), "cudaMemsetAsync", error);
-    if (!status) status = fa_cuda_launch("launch of the forward kernel", kernel, blocks, 1, &f, p->stream, error);
-    if (!status && p->cu_q) status = fa_cuda_launch_fill(fa_cuda_fill_forward, &f.a, error);
-    if (!status && p->s_dmask) status = fa_cuda_launch_rows("launch of the dmask kernel", fa_cuda_dmask, p->dmask_sq, &f.a, error);
+    struct fa_sm90_added_args g = { .f.a = fa_cuda_arguments(p) };      /* f alone is what the kernels without additions take */
+    struct fa_sm90_forward_args *f = &g.f;
+    plan(kernel, &f->a);
+    schedule(f, device->multiprocessors);
+    const int blocks = f->units < device->multiprocessors ? f->units : device->multiprocessors;
+    enum fa_status status = describe(p, kernel, f, error);
+    if (!status) status = describe_bias(p, &g, error);
+    if (f->units == blocks) f->counter = NULL;
+    if (!status && f->counter) status = fa_cuda_status(cudaMemsetAsync(f->counter, 0, sizeof *f->counter, p->stream), "cudaMemsetAsync", error);
+    if (!status) status = fa_cuda_launch_mask(&f->a, error);
+    if (!status) status = fa_cuda_launch("launch of the forward kernel", kernel, blocks, 1, &g, p->stream, error);
+    if (!status && p->cu_q) status = fa_cuda_launch_fill(fa_cuda_fill_forward, &f->a, error);
+    if (!status && p->s_dmask) status = fa_cuda_launch_rows("launch of the dmask kernel", fa_cuda_dmask, p->dmask_sq, &f->a, error);
     return status;
 }
 

@@ -21,6 +21,21 @@ static bool is_better_split(const struct fa_params *p, const struct fa_cuda_devi
     return p->sk >= SPLIT_KEYS && SPLIT_SHARE * tiles <= device->multiprocessors;
 }
 
+/* What keeps a call with attn_bias or attn_mask from the kernels for it, or NULL. */
+static const char *added_problem(enum fa_pass pass, const struct fa_params *p)
+{
+    const struct fa_scores *t = &p->bias;
+    const struct fa_tensor rows = fa_sm90_bias_rows(p);
+    if (p->d > 128 || p->d_v > 128) return "serves attn_bias and attn_mask up to head dimension 128";
+    if (fa_cuda_has_score_mod(p) || fa_cuda_variant(p) == FA_DROPOUT)
+        return "serves attn_bias and attn_mask without softcap, ALiBi, scale <= 0 and dropout";
+    if (pass == FA_BACKWARD && p->deterministic && p->mask.ptr) return "serves attn_mask where dq need not be deterministic";
+    if (p->cu_q || p->cu_k || p->seqused_k) return "serves attn_bias and attn_mask without lengths";
+    if (t->ptr && (t->dtype != p->dtype || t->stride_k != 1 || !is_readable(p, &rows, t->stride_h ? p->h : 1, p->sq, t->stride_b ? p->b : 1)))
+        return "needs an attn_bias of q's dtype whose rows start at multiples of 16 bytes, a row for each query";
+    return NULL;
+}
+
 static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_error *why)
 {
     const struct fa_cuda_device *device = fa_cuda_device(p->device_index, why);
@@ -32,7 +47,7 @@ static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_err
     else if (p->dtype != FA_FLOAT16 && p->dtype != FA_BFLOAT16) reason = "serves float16 and bfloat16";
     else if (pass == FA_FORWARD && (p->d > 192 || p->d_v > 192) && fa_cuda_variant(p) == FA_DROPOUT && fa_cuda_has_score_mod(p))
         reason = "serves dropout beside softcap, ALiBi or a scale <= 0 up to head dimension 192";
-    else if (p->bias.ptr || p->mask.ptr) reason = "serves neither attn_bias nor attn_mask";
+    else if (fa_sm90_is_added(p) && added_problem(pass, p)) reason = added_problem(pass, p);
     else if (p->sq == 0 || k_rows == 0 || p->b == 0) reason = "has nothing to do for an empty tensor";
     else if (!is_readable(p, &p->q, p->h, q_rows, q_batch) || !is_readable(p, &p->k, p->hk, k_rows, k_batch)
              || !is_readable(p, &p->v, p->hk, k_rows, k_batch))

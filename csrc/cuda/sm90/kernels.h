@@ -16,10 +16,21 @@ fa_sm90_find fa_sm90_forward_fp16_64, fa_sm90_forward_fp16_96, fa_sm90_forward_f
 fa_sm90_find fa_sm90_forward_bf16_64, fa_sm90_forward_bf16_96, fa_sm90_forward_bf16_128, fa_sm90_forward_bf16_192,
              fa_sm90_forward_bf16_256;
 
+/* The kernels of a bucket for attn_bias and attn_mask. */
+fa_cuda_helper fa_sm90_added_64, fa_sm90_added_128, fa_sm90_added_backward_64, fa_sm90_added_backward_128;
+fa_cuda_helper fa_sm90_bias_gradient_64, fa_sm90_bias_gradient_128;
+
 /* The backward kernels of a bucket, with and without modified scores and dropout. */
 typedef const struct fa_cuda_kernel *fa_sm90_find_backward(enum fa_dtype dtype, bool score_mod, bool dropout);
 
 fa_sm90_find_backward fa_sm90_backward_64, fa_sm90_backward_96, fa_sm90_backward_128, fa_sm90_backward_192, fa_sm90_backward_256;
+
+/* attn_bias or attn_mask: kernels of their own, and the bias for TMA: keys are its channels; an index of stride 0 has one row. */
+static inline bool fa_sm90_is_added(const struct fa_params *p) { return p->bias.ptr || p->mask.ptr; }
+static inline struct fa_tensor fa_sm90_bias_rows(const struct fa_params *p)
+{
+    return (struct fa_tensor){ .ptr = p->bias.ptr, .stride_b = p->bias.stride_b, .stride_s = p->bias.stride_q, .stride_h = p->bias.stride_h };
+}
 
 /* forward.c */
 const struct fa_cuda_kernel *fa_sm90_forward_kernel(const struct fa_params *p);

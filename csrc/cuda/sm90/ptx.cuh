@@ -28,6 +28,11 @@ FA_DEVICE void mbarrier_arrive_expect(uint32_t barrier, int bytes)
 {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
 }
+/* `bytes` more, without arriving. */
+FA_DEVICE void mbarrier_expect(uint32_t barrier, int bytes)
+{
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
+}
 /* Until the phase of this parity is over. On a fresh barrier parity 1 passes at once. */
 FA_DEVICE void mbarrier_wait(uint32_t barrier, int parity)
 {

@@ -25,6 +25,11 @@ fa_tensor_map {
 enum fa_status fa_tensor_map_encode(struct fa_tensor_map *map, enum fa_dtype dtype, const struct fa_tensor *t,
                                     int64_t d, int64_t s, int64_t h, int64_t b, int box_rows, struct fa_error *error);
 
+/* Rows of 32-bit words, a multiple of 4 of them, in planes that follow each other: coordinates (word, row, plane, 0), boxes of
+ * 4 words x box_rows rows, not swizzled. */
+enum fa_status fa_tensor_map_encode_words(struct fa_tensor_map *map, const uint32_t *words, int64_t per_row, int64_t rows, int64_t planes,
+                                          int box_rows, struct fa_error *error);
+
 #ifdef __cplusplus
 }
 #endif
