@@ -152,7 +152,8 @@ template <int D, class Tile> struct added_producer : added_shape<D, Tile> {
         const uint4 t = load_shared_16(info_at(tile));
         const int stage = position % STAGES;
         mbarrier_wait(barrier(shape::V_EMPTY + stage), (position / STAGES & 1) ^ 1);
-        load_panels(shared + shape::V_AT + stage * shape::KV_BYTES, BLOCK_N, f.v, n * BLOCK_N, t.y / f.a.group, t.x, barrier(shape::V_FULL + stage), EVICT_LAST);
+        load_panels(shared + shape::V_AT + stage * shape::KV_BYTES, BLOCK_N, f.v, n * BLOCK_N, t.y / f.a.group, t.x, barrier(shape::V_FULL + stage),
+                    EVICT_LAST);
     }
 
     /* K(n) before V of the block before it: the order in which they are used. */

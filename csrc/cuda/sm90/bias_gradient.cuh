@@ -23,7 +23,7 @@ template <enum fa_dtype T, int D> struct sm90_bias_gradient {
         BIAS_BYTES = BLOCK_M * BLOCK_N * 2, BIAS_PLACES = D == 64 ? 2 : 1, BOX_BYTES = 64 * 128,
         BIAS = PLACES * PLACE_BYTES, FULL = BIAS + BIAS_PLACES * BIAS_BYTES, FREE = FULL + 8 * PLACES, BIAS_FULL = FREE + 8 * PLACES,
         BIAS_FREE = BIAS_FULL + 8 * BIAS_PLACES, BYTES = BIAS_FREE + 8 * BIAS_PLACES,
-        REGISTERS = D == 64 ? 232 : 240, PRODUCER_REGISTERS = D == 64 ? 40 : 32,
+        REGISTERS = 232, PRODUCER_REGISTERS = 40,
     };
     static_assert(BYTES <= 232448, "a block's limit");
 
@@ -46,6 +46,11 @@ template <enum fa_dtype T, int D> struct sm90_bias_gradient {
     {
         const int rows = tile / n_tiles(), plane = rows / m_tiles(), heads = a.p.dbias.stride_h ? (int)a.p.h : 1;
         n = tile % n_tiles(), m = rows % m_tiles(), head = plane % heads, b = plane / heads;
+    }
+    /* Its number again, for which no register is kept. */
+    __device__ __forceinline__ int tile_at_hand() const
+    {
+        return ((opaque(b) * (a.p.dbias.stride_h ? (int)a.p.h : 1) + head) * m_tiles() + m) * n_tiles() + n;
     }
     /* Score tiles that share the tile at hand are numbered, heads first; none if no query of it may see a key. */
     __device__ __forceinline__ int heads() const { return a.p.dbias.stride_h ? 1 : (int)a.p.h; }
@@ -219,7 +224,7 @@ template <enum fa_dtype T, int D> struct sm90_bias_gradient {
         const int group = __shfl_sync(0xffffffff, threadIdx.x / 128 - 1, 0);
         int at = 0;
         #pragma unroll 1
-        for (int tile = blockIdx.x; tile < tiles(); tile += gridDim.x) {
+        for (int tile = blockIdx.x; tile < tiles(); tile = tile_at_hand() + gridDim.x) {
             const int bias_at = tile / (int)gridDim.x;
             const uint32_t boxes = shared + BIAS + bias_at % BIAS_PLACES * BIAS_BYTES + group * 2 * BOX_BYTES;
             float sum[COUNT] = {};
@@ -245,7 +250,7 @@ template <enum fa_dtype T, int D> struct sm90_bias_gradient {
                 for (int e = 0; e < COUNT; e++) sum[e] = fmaf(s[e], dp[e] - delta[e / 2 % 2], sum[e]);
             }
             store(sum, boxes, group);
-            warp_arrive(BIAS_FREE + 8 * (bias_at % BIAS_PLACES));
+            warp_arrive(BIAS_FREE + 8 * (tile_at_hand() / (int)gridDim.x % BIAS_PLACES));
         }
     }
 
