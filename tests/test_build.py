@@ -39,8 +39,8 @@ def demangled(names):
     """forward_kernel<bf16, 64, plain, ...> for each mangled name."""
     text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     words = {"(fa_dtype)0": "fp32", "(fa_dtype)1": "fp16", "(fa_dtype)2": "bf16", "(fa_variant)0": "plain",
-             "(fa_variant)1": "score-mod", "(fa_variant)2": "dropout", "void ": "", "(fa_cuda_args)": "",
-             "(fa_sm90_forward_args)": "", "(fa_sm90_added_args)": "", "(fa_sm90_backward_args)": "", " >": ">"}
+             "(fa_variant)1": "score-mod", "(fa_variant)2": "dropout", "(fa_variant)3": "plain-dropout", "void ": "",
+             "(fa_cuda_args)": "", "(fa_sm90_forward_args)": "", "(fa_sm90_added_args)": "", "(fa_sm90_backward_args)": "", " >": ">"}
     for cast, word in words.items():
         text = text.replace(cast, word)
     return dict(zip(names, text.splitlines()))
@@ -91,7 +91,7 @@ def build_with_cuda():
 
 # Kernels at the edge of 255 registers that spill in the copy of their loop that reads biases which are not staged, and the most bytes
 # that one of them stores.
-SPILLING = {"forward_kernel 128", "backward_kernel 256", "fp32_forward_kernel 64", "fp32_backward_kernel 128"}
+SPILLING = {"fp32_forward_kernel 64", "fp32_backward_kernel 128"}
 MOST_SPILLED = 36
 
 
@@ -140,7 +140,7 @@ def test_every_head_dim_has_a_tile_for_small_devices(tmp_path):
             continue
         kernel, shared = line.split(":")[0].removesuffix(" small"), int(line.split()[-2])
         least[kernel] = min(shared, least.get(kernel, shared))
-    assert len(least) == 3 * 12 + 2 * 6
+    assert len(least) == 4 * 12 + 2 * 6
     assert all(shared <= SMALL_SHARED_BYTES for shared in least.values()), least
 
 

@@ -139,6 +139,19 @@ def test_hard_inputs(device, dtype, harden, causal):
     check_forward(problem, device, inputs)
 
 
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("scale, dropout_p, causal", [(1, 0.2, False), (100, 0.0, True), (3e4, 0.0, False), (3e4, 0.2, True)])
+def test_hard_inputs_over_several_tiles(device, d, scale, dropout_p, causal):
+    """Rows whose scores stay small, are huge or become so beside each other, with every kernel's tile."""
+    problem = Problem(torch.bfloat16, b=1, sq=140, sk=200, d=d, causal=causal, dropout_p=dropout_p)
+    for harden in HARD:
+        inputs = problem.inputs()
+        harden(*inputs[:3])
+        inputs.q.mul_(scale)
+        inputs.q[:, ::3].div_(scale)
+        check_forward(problem, device, inputs)
+
+
 def test_infinite_logits_stay_a_softmax(device):
     """Scores that overflow float32 to -inf hide their key; they must not turn the row into NaN."""
     q, k = torch.full((1, 1, 1, 1), 1e30), torch.tensor([-1e30, 0.0, 0.0]).view(1, 3, 1, 1)

@@ -4,8 +4,11 @@
 
 #include "../flash_attn.h"
 
-/* Compile-time variants, each able to do all before it. Lengths, windows and causal bounds are in every one. */
-enum fa_variant { FA_PLAIN, FA_SCORE_MOD, FA_DROPOUT, FA_VARIANTS };
+/* Compile-time variants, each able to do all before it. Lengths, windows and causal bounds are in every one. The last is of sm80
+ * alone: dropout with neither score mod nor bias nor mask, as training has it. */
+enum fa_variant { FA_PLAIN, FA_SCORE_MOD, FA_DROPOUT, FA_VARIANTS, FA_PLAIN_DROPOUT = FA_VARIANTS, FA_SM80_VARIANTS };
+#define FA_HAS_MODS(variant)    ((variant) == FA_SCORE_MOD || (variant) == FA_DROPOUT)
+#define FA_HAS_DROPOUT(variant) ((variant) >= FA_DROPOUT)
 
 /* attn_mask as the kernels read it, see mask.cuh: a bit a key, and a bit a tile. Size 1 and step 0: the same along this index. */
 struct fa_cuda_mask {

@@ -70,6 +70,13 @@ enum fa_variant fa_cuda_variant(const struct fa_params *p)
     return fa_cuda_has_score_mod(p) || p->bias.ptr || p->mask.ptr ? FA_SCORE_MOD : FA_PLAIN;
 }
 
+/* The sm80 family has a kernel for dropout alone. */
+static enum fa_variant sm80_variant(const struct fa_params *p)
+{
+    const enum fa_variant variant = fa_cuda_variant(p);
+    return variant == FA_DROPOUT && !fa_cuda_has_score_mod(p) && !p->bias.ptr && !p->mask.ptr ? FA_PLAIN_DROPOUT : variant;
+}
+
 /* Shared memory that a block may take: the device's, or less where FLASH_ATTN_SMEM_KB pretends a smaller device. */
 int fa_cuda_shared_limit(const struct fa_cuda_device *device)
 {
@@ -83,7 +90,7 @@ static const struct fa_cuda_kernel *find_kernel(enum fa_pass pass, const struct 
 {
     fa_cuda_find *find = pass == FA_FORWARD ? bucket_of(p)->forward : bucket_of(p)->backward;
     for (int small = 0; small < 2; small++) {
-        const struct fa_cuda_kernel *kernel = find(p->dtype, fa_cuda_variant(p), small);
+        const struct fa_cuda_kernel *kernel = find(p->dtype, sm80_variant(p), small);
         if (kernel->shared_bytes <= fa_cuda_shared_limit(device)) return kernel;
     }
     return NULL;

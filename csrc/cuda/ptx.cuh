@@ -5,7 +5,8 @@
 #include <stdint.h>
 #include "../flash_attn.h"
 
-#define FA_DEVICE static __device__ __forceinline__
+#define FA_DEVICE        static __device__ __forceinline__
+#define FA_DEVICE_MEMBER __device__ __forceinline__
 
 /* ------------------------------------------------------------------------------------------- shared memory */
 
@@ -127,6 +128,29 @@ FA_DEVICE uint32_t permute_bytes(uint32_t x, uint32_t y, uint32_t selector)
 {
     uint32_t z;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(z) : "r"(x), "r"(y), "r"(selector));
+    return z;
+}
+
+FA_DEVICE float2 unpack_pair(uint32_t x)                    /* of fp16 */
+{
+    float2 f;
+    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }" : "=f"(f.x), "=f"(f.y) : "r"(x));
+    return f;
+}
+
+/* Pairs of fp16: x - y between 0 and 1. */
+FA_DEVICE uint32_t subtract_saturated(uint32_t x, uint32_t y)
+{
+    uint32_t z;
+    asm("sub.rn.sat.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
+/* Products of pairs. */
+template <enum fa_dtype T> FA_DEVICE uint32_t multiply_pair(uint32_t x, uint32_t y)
+{
+    uint32_t z;
+    if constexpr (T == FA_FLOAT16) asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+    else asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(z) : "r"(x), "r"(y), "r"(0));
     return z;
 }
 

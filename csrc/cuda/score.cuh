@@ -29,9 +29,9 @@ FA_DEVICE float modify_score(const fa_cuda_args &a, float qk, float slope, int d
 }
 
 /* Whether this call has softcap, ALiBi or a scale <= 0; masks and biases: below. Known when compiling only where it has none. */
-template <enum fa_variant VARIANT> FA_DEVICE bool has_score_mod(const fa_cuda_args &a) { return VARIANT != FA_PLAIN && a.score_mod; }
-template <enum fa_variant VARIANT> FA_DEVICE bool has_bias(const fa_cuda_args &a) { return VARIANT != FA_PLAIN && a.p.bias.ptr; }
-template <enum fa_variant VARIANT> FA_DEVICE bool has_mask(const fa_cuda_args &a) { return VARIANT != FA_PLAIN && a.mask.bits; }
+template <enum fa_variant VARIANT> FA_DEVICE bool has_score_mod(const fa_cuda_args &a) { return FA_HAS_MODS(VARIANT) && a.score_mod; }
+template <enum fa_variant VARIANT> FA_DEVICE bool has_bias(const fa_cuda_args &a) { return FA_HAS_MODS(VARIANT) && a.p.bias.ptr; }
+template <enum fa_variant VARIANT> FA_DEVICE bool has_mask(const fa_cuda_args &a) { return FA_HAS_MODS(VARIANT) && a.mask.bits; }
 
 /* Which tile of which head of which sequence a block works on. Tiles of a head follow each other: its K and V, or Q and dO, stay in
  * L2. With a bias that all sequences share, the sequences of a tile do: the bias tile stays there. */
@@ -39,7 +39,7 @@ struct block_place { int b, head, tile; };
 template <enum fa_variant VARIANT> FA_DEVICE block_place place_of_block(const fa_cuda_args &a, int heads, int tiles)
 {
     const int x = blockIdx.x, sequences = (int)a.p.b;
-    if (VARIANT != FA_PLAIN && a.batch_fastest) return { x % sequences, x / sequences / tiles, x / sequences % tiles };
+    if (FA_HAS_MODS(VARIANT) && a.batch_fastest) return { x % sequences, x / sequences / tiles, x / sequences % tiles };
     return { x / tiles / heads, x / tiles % heads, x % tiles };
 }
 
@@ -92,5 +92,32 @@ FA_DEVICE uint32_t dropped_pair(const uint32_t (&flags)[2], int byte)
 {
     return permute_bytes(flags[0], flags[1], 0x11 * (byte | 8) + 0x1100 * (byte | 12));
 }
+
+/* The same by arithmetic on pairs of fp16, which takes half of the instructions and few from the pipe for integers, which binds:
+ * 1024 + byte is the byte behind 0x64, and Z = saturate((1024 + keep256) - (1024 + byte)) is 1 where kept, else 0. Pair `byte` of Z
+ * has the elements of byte `byte` of two words. */
+FA_DEVICE uint32_t dropout_threshold(int keep256) { return 0x64006400u + keep256 * 0x10001u; }
+FA_DEVICE void kept_pairs(uint32_t (&z)[4], uint32_t word0, uint32_t word1, uint32_t threshold)
+{
+    #pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const uint32_t bytes = permute_bytes(word0, word1, half ? 0x7632 : 0x5410);
+        z[2 * half] = subtract_saturated(threshold, permute_bytes(bytes, 0x64646464u, 0x4240));
+        z[2 * half + 1] = subtract_saturated(threshold, permute_bytes(bytes, 0x64646464u, 0x4341));
+    }
+}
+
+/* Z P of a pair. fp16's 1.0 is 2^-7 to bf16: what follows from the product is to be multiplied by kept_factor(). */
+template <enum fa_dtype T> FA_DEVICE uint32_t keep_pair(uint32_t p, uint32_t z) { return multiply_pair<T>(p, z); }
+template <enum fa_dtype T> FA_DEVICE constexpr float kept_factor() { return T == FA_BFLOAT16 ? 128.0f : 1.0f; }
+
+/* Rows of S in a warp's 32, so that a lane's four rows are those of one group of the mask and it draws for itself: the row that lies
+ * at place 16 a + 8 b + 4 c + d of the fragments (d < 4) is 16 c + 8 b + 2 d + a. Linear: of a sum of bits, the sum. */
+struct in_groups {
+    static FA_DEVICE_MEMBER constexpr int row(int place)
+    {
+        return (place & ~31) | (place & 4) << 2 | (place & 8) | (place & 3) << 1 | (place >> 4 & 1);
+    }
+};
 
 #endif

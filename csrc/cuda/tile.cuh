@@ -24,17 +24,20 @@ struct rows_of {
     bool aligned;
 };
 
+/* Which row of a tensor lies at a place of its tile: an Order::row() that permutes bits. */
+struct in_order { static FA_DEVICE_MEMBER constexpr int row(int place) { return place; } };
+
 /* Any tile, chunk by chunk, threads of the block side by side. Aligned rows travel by cp.async: commit and wait are the caller's. */
-template <int ROWS, int D, int THREADS> FA_DEVICE void load_tile(uint32_t tile, const rows_of &from)
+template <int ROWS, int D, int THREADS, class Order = in_order> FA_DEVICE void load_tile(uint32_t tile, const rows_of &from)
 {
     constexpr int CHUNKS = D / 8, TOTAL = ROWS * CHUNKS;
     const int64_t stride = from.stride;
     #pragma unroll 1
     for (int at = threadIdx.x; at < TOTAL; at += THREADS) {
-        const int row = at / CHUNKS, chunk = at % CHUNKS;
+        const int place = at / CHUNKS, row = Order::row(place), chunk = at % CHUNKS;
         const int left = row < from.rows ? max(min(from.d - chunk * 8, 8), 0) : 0;      /* elements of this chunk that exist */
         const uint16_t *src = from.ptr + row * stride + chunk * 8;
-        const uint32_t dst = tile + tile_offset<D>(row, chunk);
+        const uint32_t dst = tile + tile_offset<D>(place, chunk);
         if (from.aligned) {
             cp_async_16(dst, src, left * 2);
         } else {
@@ -54,11 +57,12 @@ template <int D, int THREADS> struct whole_tile {
     static_assert(FIT >= 4, "chunks change places by rows modulo 4 or 8");
 
     /* The element where this thread starts, relative to the tile's first. */
-    static __device__ __forceinline__ int64_t first(int64_t stride)
+    template <class Order = in_order> static __device__ __forceinline__ int64_t first(int64_t stride)
     {
-        return threadIdx.x / CHUNKS * stride + threadIdx.x % CHUNKS * 8;
+        return Order::row(threadIdx.x / CHUNKS) * stride + threadIdx.x % CHUNKS * 8;
     }
-    template <int ROWS> static __device__ __forceinline__ void load(uint32_t tile, const uint16_t *from, int64_t stride)
+    template <int ROWS, class Order = in_order>
+    static __device__ __forceinline__ void load(uint32_t tile, const uint16_t *from, int64_t stride)
     {
         static_assert(ROWS % STEP == 0, "whole steps");
         const int thread = threadIdx.x;
@@ -67,7 +71,7 @@ template <int D, int THREADS> struct whole_tile {
         #pragma unroll
         for (int i = 0; i < ROWS / STEP; i++) {
             cp_async_16((STEP == 4 && i % 2 ? at ^ 64 : at) + i * STEP * 2 * D, from, 16);
-            from += STEP * stride;
+            from += (Order::row((i + 1) * STEP) - Order::row(i * STEP)) * stride;
         }
     }
 };

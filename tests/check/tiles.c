@@ -32,7 +32,7 @@ static const struct { const char *name; fa_sm90_find_backward *find; } hopper_ba
 };
 #endif
 
-static const char *const variants[] = { "plain", "score-mod", "dropout" };
+static const char *const variants[] = { "plain", "score-mod", "dropout", "plain-dropout" };
 
 static void print(const char *name, enum fa_variant variant, const char *size, const struct fa_cuda_kernel *kernel)
 {
@@ -56,7 +56,7 @@ int main(void)
                   hopper_backward_tables[n].find(FA_BFLOAT16, variant == FA_SCORE_MOD, variant == FA_DROPOUT));
 #endif
     for (size_t n = 0; n < sizeof tables / sizeof *tables; n++)
-        for (enum fa_variant variant = FA_PLAIN; variant < FA_VARIANTS; variant++) {
+        for (enum fa_variant variant = FA_PLAIN; variant < FA_SM80_VARIANTS; variant++) {
             const void *before = variant == FA_PLAIN ? NULL : tables[n].find(FA_BFLOAT16, variant - 1, false)->function;
             for (int small = 0; small < 2; small++) {
                 const struct fa_cuda_kernel *kernel = tables[n].find(FA_BFLOAT16, variant, small);

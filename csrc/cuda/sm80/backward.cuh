@@ -18,6 +18,7 @@
 #include "../score.cuh"
 #include "../tile.cuh"
 #include "config.h"
+#include "instance.cuh"
 
 template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct backward {
     enum : int {
@@ -31,7 +32,10 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
         DS_BYTES = BLOCK_N * BLOCK_M * 2, P_BYTES = Q_WARPS > 1 ? DS_BYTES : 0,
         SHARED_BYTES = 2 * KV_BYTES + STAGES * STAGE_BYTES + DS_BYTES + P_BYTES,
         BIAS_TILE_BYTES = BLOCK_M * BLOCK_N * 2, BIAS_BYTES = STAGES * BIAS_TILE_BYTES,
+        DROPS = FA_HAS_DROPOUT(VARIANT), MODS = FA_HAS_MODS(VARIANT),
+        GROUPED = DROPS && !MODS && KT == 2,                        /* a lane's keys are a group of the dropout mask, see score.cuh */
     };
+    using order = typename select_tile<GROUPED, in_groups, in_order>::type;     /* of a warp's keys in K's and V's tiles */
     static_assert(KEYS % 16 == 0 && QUERIES % 16 == 0 && CHANNELS % 16 == 0, "whole fragments of S, dP, dV, dK");
     static_assert(BLOCK_M % DQ_M == 0 && DQ_WM * DQ_WN == WARPS && DQ_DT % DQ_STEP == 0 && DQ_STEP % 2 == 0, "and of dQ");
 
@@ -101,7 +105,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
             if (at.m == m_last - 1 || has_mask<VARIANT>(a)) {       /* the tile before may have been passed over */
                 q_at = queries(a.p.q, at.head, i0, 0, true).ptr + whole::first(a.p.q.stride_s);
                 dout_at = queries(a.p.dout, at.head, i0, 0, true).ptr + whole::first(a.p.dout.stride_s);
-                row_at = (thread < BLOCK_M / 4 ? a.lse2 : a.delta) + padded_row(a, seq, b, at.head) + i0 + thread % (BLOCK_M / 4) * 4;
+                const int own = thread_anew();                      /* held over the loop it would spill */
+                row_at = (own < BLOCK_M / 4 ? a.lse2 : a.delta) + padded_row(a, seq, b, at.head) + i0 + own % (BLOCK_M / 4) * 4;
             }
             const bool exists = i0 + BLOCK_M <= seq.sq;
             if (a.whole_q && exists) whole::template load<BLOCK_M>(tile, q_at, a.p.q.stride_s);
@@ -109,7 +114,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
             if (a.whole_dout && exists) whole::template load<BLOCK_M>(tile + Q_BYTES, dout_at, a.p.dout.stride_s);
             else load_tile<BLOCK_M, D, THREADS>(tile + Q_BYTES, queries(a.p.dout, at.head, i0, (int)a.p.d_v, a.aligned_dout));
             if (thread < BLOCK_M / 2) cp_async_16(tile + 2 * Q_BYTES + thread * 16, row_at, 16);
-            if (VARIANT != FA_PLAIN && a.bias_staged)
+            if (MODS && a.bias_staged)
                 load_bias_tile<BLOCK_M, BLOCK_N, THREADS>(bias_tile, a, seq, b, at.head, i0, j0);
             q_at -= BLOCK_M * a.p.q.stride_s;
             dout_at -= BLOCK_M * a.p.dout.stride_s;
@@ -197,7 +202,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
 
     /* Query and key of element e of accumulator (k, n); i0: this warp's first query. */
     __device__ __forceinline__ int query(int i0, int n, int e) const { return i0 + n * 8 + (lane & 3) * 2 + e % 2; }
-    __device__ __forceinline__ int key(int k, int e) const { return j0 + key_warp * KEYS + k * 16 + (lane >> 2) + e / 2 * 8; }
+    __device__ __forceinline__ int key(int k, int e) const { return j0 + key_warp * KEYS + order::row(k * 16 + e / 2 * 8 + (lane >> 2)); }
 
     /* To a piece of 16 keys x 16 queries: accumulators n and n + 1. */
     __device__ __forceinline__ void add_staged_bias(float (&c0)[4], float (&c1)[4], int k, int n, uint32_t bias_tile)
@@ -243,25 +248,32 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
             }
     }
 
-    /* S^T becomes P^T: packed for dV in `left`, and times the score's derivative in s for dS. */
+    /* S^T becomes P^T: packed for dV in `left`, and times the score's derivative in s for dS. With dropout alone it is kept P^T: dropout's
+     * factor then costs nothing. */
     template <bool MASKED> __device__ __forceinline__ void probabilities(float (&s)[KT][NT][4], uint32_t (&left)[NT / 2][KT][4],
                                                                         int head, int i0, uint32_t lse2_row, uint32_t bias_tile)
     {
         const bool mods = has_score_mod<VARIANT>(a);
-        const float slope = mods ? alibi_slope(a, b, head) : 0.0f;
-        const int i = i0 + (lane & 3) * 2, j = j0 + key_warp * KEYS + (lane >> 2);
-        int first[KT][2], last;                         /* queries, less i, that see key j + 16 k + 8 half: [first, last + 16 k + 8 half) */
+        const float slope = mods ? alibi_slope(a, b, head) : 0.0f, kept_log2 = DROPS && !MODS ? log2_approx(a.kept) : 0.0f;
+        const int i = i0 + (lane & 3) * 2, j = key(0, 0);
+        int first[KT][2], last;                         /* queries, less i, that see key j + row: [first, last + row) */
         if (MASKED) {
             #pragma unroll
-            for (int x = 0; x < 2 * KT; x++) first[x / 2][x % 2] = j + x * 8 < seq.sk ? first_query(a, seq, j + x * 8) - i : BLOCK_M;
+            for (int x = 0; x < 2 * KT; x++) {
+                const int key = j + order::row(x * 8);
+                first[x / 2][x % 2] = key < seq.sk ? first_query(a, seq, key) - i : BLOCK_M;
+            }
             last = a.window_left < 0 ? BLOCK_M : j + a.window_left - seq.sk + seq.sq + 1 - i;
         }
-        constexpr int WIDE = VARIANT == FA_PLAIN ? 1 : 2;               /* accumulators at a time: a bias comes by 16 x 16 */
+        constexpr int WIDE = MODS ? 2 : 1;               /* accumulators at a time: a bias comes by 16 x 16 */
         #pragma unroll
         for (int n = 0; n < NT; n += WIDE) {
             float2 lse2[WIDE];
             #pragma unroll
-            for (int x = 0; x < WIDE; x++) lse2[x] = load_shared_8(lse2_row + (n + x) * 32 + (lane & 3) * 8);
+            for (int x = 0; x < WIDE; x++) {
+                lse2[x] = load_shared_8(lse2_row + (n + x) * 32 + (lane & 3) * 8);
+                if (DROPS && !MODS) lse2[x].x -= kept_log2, lse2[x].y -= kept_log2;
+            }
             #pragma unroll
             for (int k = 0; k < KT; k++) {
                 float derivative[4 * WIDE];
@@ -269,24 +281,24 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
                     #pragma unroll
                     for (int x = 0; x < 4 * WIDE; x++) {
                         float &score = s[k][n + x / 4][x % 4];
-                        const int column = (n + x / 4) * 8 + x % 2, row = k * 16 + x % 4 / 2 * 8;
+                        const int column = (n + x / 4) * 8 + x % 2, row = order::row(k * 16 + x % 4 / 2 * 8);
                         score = modify_score(a, score, slope, i + column + seq.sk - seq.sq - j - row, derivative[x]);
                     }
                 }
-                if constexpr (VARIANT != FA_PLAIN) {
+                if constexpr (MODS) {
                     if (a.bias_staged) add_staged_bias(s[k][n], s[k][n + 1], k, n, bias_tile);
                     else if (MASKED && a.p.bias.ptr) add_bias(s[k][n], s[k][n + 1], k, n, head, i0);
                 }
                 #pragma unroll
                 for (int r = 0; r < 2 * WIDE; r++) {
-                    const int half = r % 2, row = k * 16 + half * 8;
+                    const int half = r % 2, row = order::row(k * 16 + half * 8);
                     float (&pair)[4] = s[k][n + r / 2];
                     #pragma unroll
                     for (int c = 0; c < 2; c++) {
                         const int column = (n + r / 2) * 8 + c;
                         float &x = pair[2 * half + c];
-                        x = fmaf(x, VARIANT == FA_PLAIN ? a.exponent_scale : a.lse_scale, c ? -lse2[r / 2].y : -lse2[r / 2].x);
-                        x = exp2_approx(VARIANT == FA_PLAIN ? x : x * a.lse_exponent);
+                        x = fmaf(x, MODS ? a.lse_scale : a.exponent_scale, c ? -lse2[r / 2].y : -lse2[r / 2].x);
+                        x = exp2_approx(MODS ? x * a.lse_exponent : x);
                         if (MASKED && (column < first[k][half] || column - row >= last)) x = 0.0f;
                     }
                     left[(n + r / 2) / 2][k][(n + r / 2) % 2 * 2 + half] = pack<T>(pair[2 * half], pair[2 * half + 1]);
@@ -300,20 +312,32 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
         if (MASKED && has_mask<VARIANT>(a)) hide(s, left, head, i0);
     }
 
-    /* Flags of what dropout drops, per 16x16 piece, two pieces at a time. */
-    __device__ __forceinline__ void dropout_flags(uint32_t (&flags)[KT][NT / 2][2], int head, int i0)
+    /* The bytes of dropout for this lane's elements: [k][queries by 16][query parity], byte 2 (query half) + (key half). */
+    __device__ __forceinline__ void dropout_draw(uint32_t (&bytes)[KT][NT / 2][2], int head, int i0)
     {
-        const uint32_t batch_head = b * (int)a.p.h + head;
-        constexpr int PIECES = KT * NT / 2;
-        #pragma unroll
-        for (int at = 0; at < PIECES; at += 2) {
-            uint32_t bytes[2][2], piece_i[2], piece_j[2];
+        const uint32_t batch_head = b * (int)a.p.h + head, first_i = i0 / 16u, first_j = (j0 + key_warp * KEYS) / 16u;
+        const auto *rng = (const unsigned long long *)a.p.rng;
+        const uint64_t seed = __ldg(rng + opaque(0)), offset = __ldg(rng + opaque(1));
+        if constexpr (GROUPED) {
+            const int lane = thread_anew() & 31, g = lane >> 2, t = lane & 3;
             #pragma unroll
-            for (int x = 0; x < 2; x++) piece_i[x] = i0 / 16u + (at + x) / KT, piece_j[x] = (j0 + key_warp * KEYS) / 16u + (at + x) % KT;
-            dropout_bytes(bytes, __ldg((const unsigned long long *)a.p.rng + opaque(0)), __ldg((const unsigned long long *)a.p.rng + opaque(1)), batch_head, piece_i, piece_j, lane, true);
+            for (int q = 0; q < NT / 2; q++) {
+                const fa_philox random = fa_philox_call(seed, fa_dropout_counter(
+                    offset, batch_head, first_i + q, first_j + g / 4, t * 4 + g % 4));
+                #pragma unroll
+                for (int x = 0; x < 4; x++) bytes[x % 2][q][x / 2] = random.word[x];
+            }
+        } else {
+            constexpr int PIECES = KT * NT / 2;
             #pragma unroll
-            for (int x = 0; x < 4 && at + x / 2 < PIECES; x++)
-                flags[(at + x / 2) % KT][(at + x / 2) / KT][x % 2] = dropped_flags(bytes[x / 2][x % 2], a.keep256);
+            for (int at = 0; at < PIECES; at += 2) {
+                uint32_t two[2][2], piece_i[2], piece_j[2];
+                #pragma unroll
+                for (int x = 0; x < 2; x++) piece_i[x] = first_i + (at + x) / KT, piece_j[x] = first_j + (at + x) % KT;
+                dropout_bytes(two, seed, offset, batch_head, piece_i, piece_j, lane, true);
+                #pragma unroll
+                for (int x = 0; x < 4 && at + x / 2 < PIECES; x++) bytes[(at + x / 2) % KT][(at + x / 2) / KT][x % 2] = two[x / 2][x % 2];
+            }
         }
     }
 
@@ -391,31 +415,42 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
         if (threadIdx.x == 0) atomicAdd(turn_of(head, m), 1);
     }
 
-    /* Register r of a left operand: keys' half r % 2, queries' half r / 2; byte 2 (query half) + (key half) of the flags. */
-    __device__ __forceinline__ void drop(uint32_t (&left)[NT / 2][KT][4], const uint32_t (&flags)[KT][NT / 2][2])
+    /* Register r of a left operand: keys' half r % 2, queries' half r / 2, as the bytes have it. */
+    __device__ __forceinline__ void drop(uint32_t (&left)[NT / 2][KT][4], const uint32_t (&bytes)[KT][NT / 2][2])
     {
         #pragma unroll
         for (int k = 0; k < KT; k++)
             #pragma unroll
-            for (int x = 0; x < 2 * NT; x++) left[x / 4][k][x % 4] &= ~dropped_pair(flags[k][x / 4], x % 4 / 2 * 2 + x % 2);
+            for (int q = 0; q < NT / 2; q++) {
+                uint32_t z[4];
+                kept_pairs(z, bytes[k][q][0], bytes[k][q][1], dropout_threshold(a.keep256));
+                #pragma unroll
+                for (int r = 0; r < 4; r++) left[q][k][r] = keep_pair<T>(left[q][k][r], z[r]);
+            }
     }
 
-    /* dS = P (Z dP - delta), in dp; s holds P times the score's derivative. */
+    /* dS = P (Z kept dP - delta), in dp; s holds P times the score's derivative, with dropout alone times kept. */
     __device__ __forceinline__ void score_gradients(float (&dp)[KT][NT][4], const float (&s)[KT][NT][4],
-                                                    const uint32_t (&flags)[KT][NT / 2][2], uint32_t delta_row)
+                                                    const uint32_t (&bytes)[KT][NT / 2][2], uint32_t delta_row)
     {
         #pragma unroll
         for (int n = 0; n < NT; n++) {
-            const float2 delta = load_shared_8(delta_row + n * 32 + (lane & 3) * 8);
+            float2 delta = load_shared_8(delta_row + n * 32 + (lane & 3) * 8);
+            if (DROPS && !MODS) delta.x *= a.keep256 / 256.0f, delta.y *= a.keep256 / 256.0f;
             #pragma unroll
-            for (int k = 0; k < KT; k++)
+            for (int k = 0; k < KT; k++) {
+                uint32_t pairs[4];
+                if (DROPS) kept_pairs(pairs, bytes[k][n / 2][0], bytes[k][n / 2][1], dropout_threshold(a.keep256));
                 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    float z = 1.0f;
-                    if (VARIANT == FA_DROPOUT)
-                        z = __uint_as_float(__float_as_uint(a.kept) & ~dropped_one(flags[k][n / 2][e % 2], 2 * (n % 2) + e / 2));
-                    dp[k][n][e] = s[k][n][e] * fmaf(dp[k][n][e], z, -(e % 2 ? delta.y : delta.x));
+                for (int half = 0; half < 2; half++) {
+                    float2 z = make_float2(1.0f, 1.0f);
+                    if (DROPS) z = unpack_pair(pairs[n % 2 * 2 + half]);
+                    if (DROPS && MODS) z.x *= a.kept, z.y *= a.kept;
+                    float &x = dp[k][n][2 * half], &y = dp[k][n][2 * half + 1];
+                    x = s[k][n][2 * half] * fmaf(x, z.x, -delta.x);
+                    y = s[k][n][2 * half + 1] * fmaf(y, z.y, -delta.y);
                 }
+            }
         }
     }
 
@@ -424,15 +459,15 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
     {
         const uint32_t dout_tile = q_tile + Q_BYTES, lse2_row = dout_tile + Q_BYTES + q_warp * QUERIES * 4;
         float s[KT][NT][4], dp[KT][NT][4];
-        uint32_t flags[KT][NT / 2][2], left[NT / 2][KT][4];
+        uint32_t random[KT][NT / 2][2], left[NT / 2][KT][4];
         product(s, k_tile, q_tile);
         product(dp, v_tile, dout_tile);
         probabilities<MASKED>(s, left, head, i0, lse2_row, bias_tile);
-        if (VARIANT == FA_DROPOUT) dropout_flags(flags, head, i0);
-        if (VARIANT == FA_DROPOUT) drop(left, flags);
+        if (DROPS) dropout_draw(random, head, i0);
+        if (DROPS) drop(left, random);
         if (Q_WARPS > 1) share(p_tile, left);
         accumulate_own(dv, left, dout_tile);
-        score_gradients(dp, s, flags, lse2_row + BLOCK_M * 4);
+        score_gradients(dp, s, random, lse2_row + BLOCK_M * 4);
         pack_left(left, dp);
         share(ds_tile, left);
         accumulate_own(dk, left, q_tile);
@@ -440,8 +475,10 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
 
     __device__ __forceinline__ void load_keys(uint32_t tile, const rows_of &from, bool whole_rows)
     {
-        if (whole_rows && from.rows >= BLOCK_N) whole::template load<BLOCK_N>(tile, from.ptr + whole::first(from.stride), from.stride);
-        else load_tile<BLOCK_N, D, THREADS>(tile, from);
+        if (whole_rows && from.rows >= BLOCK_N)
+            whole::template load<BLOCK_N, order>(tile, from.ptr + whole::template first<order>(from.stride), from.stride);
+        else
+            load_tile<BLOCK_N, D, THREADS, order>(tile, from);
     }
 
     __device__ __forceinline__ void run()
@@ -482,7 +519,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct ba
         for (int k = 0; k < KT; k++)
             #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int row = key_warp * KEYS + k * 16 + half * 8 + (lane >> 2);
+                const int row = key_warp * KEYS + order::row(k * 16 + half * 8 + (lane >> 2));
                 const float scale = j0 + row < seq.sk ? factor : 0.0f;
                 #pragma unroll
                 for (int j = 0; j < DT; j++)
@@ -509,7 +546,8 @@ __global__ void __launch_bounds__(32 * Tile::WARPS, Tile::BLOCKS) backward_kerne
     block.m_first = used ? first_query(a, block.seq, block.j0) / kernel::BLOCK_M : 0;
     block.m_last = used ? (max(last_query(a, block.seq, j_end), 0) + kernel::BLOCK_M - 1) / kernel::BLOCK_M : 0;
     block.run();
-    block.store(block.dv, block.v_tile, VARIANT == FA_DROPOUT ? a.kept : 1.0f, a.p.dv, (int)a.p.d_v, a.aligned_dv);
+    const float dv_factor = kernel::DROPS ? (kernel::MODS ? a.kept : 1.0f) * kept_factor<T>() : 1.0f;
+    block.store(block.dv, block.v_tile, dv_factor, a.p.dv, (int)a.p.d_v, a.aligned_dv);
     block.store(block.dk, block.k_tile, a.scale, a.p.dk, (int)a.p.d, a.aligned_dk);
 }
 

@@ -15,6 +15,7 @@ template <fa_variant V> struct forward_tile< 32, V, false>        : forward_row<
 template <fa_variant V> struct forward_tile< 64, V, false>        : forward_row<128,  64, 2, 4, 2> {};      /*  48 */
 template <fa_variant V> struct forward_tile< 96, V, false>        : forward_row<128,  32, 2, 4, 2> {};      /*  48; 64 keys spill */
 template <> struct forward_tile< 96, FA_PLAIN, false>             : forward_row<128,  64, 2, 4, 2> {};      /*  72 */
+template <> struct forward_tile< 96, FA_PLAIN_DROPOUT, false>     : forward_tile< 96, FA_PLAIN, false> {};
 template <fa_variant V> struct forward_tile<128, V, false>        : forward_row<128,  32, 2, 4, 2> {};      /*  64; 64 keys spill */
 template <> struct forward_tile<128, FA_PLAIN, false>             : forward_row<128,  64, 2, 4, 2> {};      /*  96 */
 template <fa_variant V> struct forward_tile<192, V, false>        : forward_row< 64,  64, 1, 4, 2> {};      /*  72 */
@@ -29,10 +30,13 @@ template <int BM, int BN, int S, int W, int QW, int DQ, int B> struct backward_r
 template <fa_variant V> struct backward_tile< 32, V, false>        : backward_row< 64, 64, 2, 4, 1, 2, 2> {};
 template <fa_variant V> struct backward_tile< 64, V, false>        : backward_row< 64, 64, 2, 4, 2, 4, 2> {};
 template <>             struct backward_tile< 64, FA_PLAIN, false> : backward_row< 32, 128, 2, 4, 1, 2, 2> {};
+template <>             struct backward_tile< 64, FA_PLAIN_DROPOUT, false> : backward_tile< 64, FA_PLAIN, false> {};
 template <fa_variant V> struct backward_tile< 96, V, false>        : backward_row< 64, 32, 2, 4, 2, 6, 2> {};
 template <>             struct backward_tile< 96, FA_PLAIN, false> : backward_row< 64, 64, 2, 4, 2, 6, 2> {};
+template <>             struct backward_tile< 96, FA_PLAIN_DROPOUT, false> : backward_tile< 96, FA_PLAIN, false> {};
 template <fa_variant V> struct backward_tile<128, V, false>        : backward_row< 64, 64, 2, 8, 4, 4, 1> {};  /* 113 */
 template <>             struct backward_tile<128, FA_PLAIN, false> : backward_row< 64, 128, 2, 8, 2, 4, 1> {}; /* 161 */
+template <>             struct backward_tile<128, FA_PLAIN_DROPOUT, false> : backward_tile<128, FA_PLAIN, false> {};
 template <fa_variant V> struct backward_tile<192, V, false>        : backward_row< 64, 64, 2, 8, 4, 6, 1> {};  /* 161 */
 template <fa_variant V> struct backward_tile<256, V, false>        : backward_row< 64, 64, 2, 8, 4, 4, 1> {};  /* 209 */
 template <fa_variant V> struct backward_tile<128, V, true>         : backward_row< 32, 64, 2, 4, 2, 4, 2> {};

@@ -30,12 +30,13 @@ template <class Tile, class Block> struct kernel_facts {
 #define FA_SM80_VARIANTS(pass, T, D, SMALL) { \
     FA_SM80_KERNEL(pass, T, D, FA_PLAIN, SMALL), \
     FA_SM80_KERNEL(pass, T, D, FA_SCORE_MOD, SMALL), \
-    FA_SM80_KERNEL(pass, T, D, FA_DROPOUT, SMALL) }
+    FA_SM80_KERNEL(pass, T, D, FA_DROPOUT, SMALL), \
+    FA_SM80_KERNEL(pass, T, D, FA_PLAIN_DROPOUT, SMALL) }
 
 #define FA_SM80_INSTANCES(pass, type, T, D) \
     extern "C" const struct fa_cuda_kernel *fa_sm80_##pass##_##type##_##D(enum fa_variant variant, bool small) \
     { \
-        static const struct fa_cuda_kernel kernels[2][FA_VARIANTS] = { \
+        static const struct fa_cuda_kernel kernels[2][FA_SM80_VARIANTS] = { \
             FA_SM80_VARIANTS(pass, T, D, false), FA_SM80_VARIANTS(pass, T, D, true) }; \
         return &kernels[small][variant]; \
     }
