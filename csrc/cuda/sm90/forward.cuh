@@ -213,65 +213,87 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             }
     }
 
-    /* O of a finished tile, normalised, by way of this warp's rows of its Q, and lse. */
-    __device__ __forceinline__ void store(int n, const float (&top)[2], const float (&share)[2])
+    /* Factors that normalise rows g and g + 8 of a finished tile; lse goes out. */
+    __device__ __forceinline__ void finish_rows(float (&factor)[2], const forward_tile_info &t, int first, const float (&top)[2], const float (&share)[2])
     {
-        const forward_tile_info t = info(n);
-        const fa_params &call = a.p;
-        const int first = t.i0 + group * 64 + warp * 16, g = lane / 4;
-        float *lse = (float *)call.lse.ptr + t.b * call.lse.stride_b + t.head * call.lse.stride_h;
-        uint16_t *out = (uint16_t *)call.out.ptr + t.b * call.out.stride_b + (int64_t)(t.q0 + first) * call.out.stride_s
-                      + t.head * call.out.stride_h;
-        float factor[2];
+        const fa_tensor &to = a.p.lse;
+        float *lse = (float *)to.ptr + t.b * to.stride_b + t.head * to.stride_h;
         #pragma unroll
         for (int half = 0; half < 2; half++) {
             const float sum = quad_sum(share[half]);
             const bool empty = top[half] == -INFINITY && sum == 0.0f;
-            const int i = first + half * 8 + g;
-            factor[half] = empty ? 0.0f : (VARIANT == FA_DROPOUT ? a.kept : 1.0f) / sum;
+            const int i = first + half * 8 + lane / 4;
+            factor[half] = empty ? 0.0f : (VARIANT == FA_DROPOUT ? a.kept : 1.0f) * rcp_approx(sum);
             if (i < t.sq && lane % 4 == 0)
-                lse[(int64_t)(t.q0 + i) * call.lse.stride_s] =
-                    empty ? -INFINITY : 0.69314718f * (top[half] * a.exponent_scale + log2_approx(sum));
+                lse[(int64_t)(t.q0 + i) * to.stride_s] = empty ? -INFINITY : 0.69314718f * (top[half] * a.exponent_scale + log2_approx(sum));
         }
+    }
+
+    static __device__ __forceinline__ constexpr int width_of(int panel) { return panel * 64 + 64 <= D ? 64 : D % 64; }
+
+    /* 64 columns of this warp's rows of O, to shared memory as 16-bit elements, and from there to memory, full lines. */
+    __device__ __forceinline__ void stage(uint32_t piece, int panel, const float (&factor)[2])
+    {
+        #pragma unroll
+        for (int j = panel * 4; j < panel * 4 + width_of(panel) / 16; j++) {
+            uint32_t x[4];
+            #pragma unroll
+            for (int r = 0; r < 4; r++) x[r] = pack<T>(o[8 * j + 2 * r] * factor[r % 2], o[8 * j + 2 * r + 1] * factor[r % 2]);
+            stmatrix(piece + lane % 16 * 128 + ((2 * j + lane / 16) % 8 * 16 ^ lane % 8 * 16), x[0], x[1], x[2], x[3]);
+        }
+    }
+    __device__ __forceinline__ void store_panel(uint32_t piece, int panel, uint16_t *out, int rows) const
+    {
+        const int chunks = width_of(panel) / 8, step = 32 / chunks, row = lane / chunks, chunk = lane % chunks;
+        const int left = (int)a.p.d_v - panel * 64 - chunk * 8;
+        const uint32_t from = piece + row * 128;
+        uint16_t *to = out + row * a.p.out.stride_s + panel * 64 + chunk * 8;
+        if (a.aligned_out && a.p.d_v % 8 == 0) {
+            uint4 x[4];
+            #pragma unroll
+            for (int i = 0; i < 16; i += step) x[i / step] = load_shared_16(from + i * 128 + (chunk * 16 ^ (row + i) % 8 * 16));
+            #pragma unroll
+            for (int i = 0; i < 16; i += step)
+                if (row + i < rows && left > 0) store_global_16(to + i * a.p.out.stride_s, x[i / step]);
+        } else {
+            #pragma unroll 1
+            for (int i = 0; i < 16; i += step) {
+                const uint4 x = load_shared_16(from + i * 128 + (chunk * 16 ^ (row + i) % 8 * 16));
+                const uint32_t words[4] = { x.x, x.y, x.z, x.w };
+                #pragma unroll
+                for (int e = 0; e < 8; e++)
+                    if (row + i < rows && e < left) to[i * a.p.out.stride_s + e] = (uint16_t)(words[e / 2] >> 16 * (e % 2));
+            }
+        }
+    }
+
+    /* O of a finished tile, normalised, by way of this warp's rows of its Q, or of a place in K's ring. */
+    __device__ __forceinline__ void store(int n, const float (&top)[2], const float (&share)[2])
+    {
+        constexpr int BATCH = Q_STAGES == 2 ? PANELS : 2;                   /* panels that there is room for at a time */
+        const forward_tile_info t = info(n);
+        const fa_tensor &to = a.p.out;
+        const int first = t.i0 + group * 64 + warp * 16;
+        uint16_t *out = (uint16_t *)to.ptr + t.b * to.stride_b + (int64_t)(t.q0 + first) * to.stride_s + t.head * to.stride_h;
         const uint32_t own = Q_STAGES == 2 ? shared + shape::Q_AT + n % Q_STAGES * shape::Q_BYTES + (group * 64 + warp * 16) * 128
                            : shared + shape::K_AT + keys % STAGES * shape::KV_BYTES + (group * 4 + warp) * 2 * PIECE_BYTES;
+        const int pitch = Q_STAGES == 2 ? BLOCK_M * 128 : PIECE_BYTES;
+        float factor[2];
+        finish_rows(factor, t, first, top, share);
         if (Q_STAGES == 1) wait_k();
         #pragma unroll
-        for (int panel = 0; panel < PANELS; panel++) {
-            const uint32_t piece = own + (Q_STAGES == 2 ? panel * BLOCK_M * 128 : panel % 2 * PIECE_BYTES);
-            constexpr int WIDTH = D < 64 ? D : 64;
-            const int width = panel * 64 + 64 <= D ? WIDTH : D % 64;
+        for (int batch = 0; batch < PANELS; batch += BATCH) {
             #pragma unroll
-            for (int j = panel * 4; j < panel * 4 + width / 16; j++) {
-                uint32_t x[4];
-                #pragma unroll
-                for (int r = 0; r < 4; r++) x[r] = pack<T>(o[8 * j + 2 * r] * factor[r % 2], o[8 * j + 2 * r + 1] * factor[r % 2]);
-                stmatrix(piece + lane % 16 * 128 + ((2 * j + lane / 16) % 8 * 16 ^ lane % 8 * 16), x[0], x[1], x[2], x[3]);
-            }
+            for (int panel = batch; panel < min(batch + BATCH, PANELS); panel++) stage(own + (panel - batch) * pitch, panel, factor);
+            fence_proxy_async();                                            /* TMA writes here next */
             __syncwarp();
             #pragma unroll
-            for (int at = lane; at < 16 * width / 8; at += 32) {
-                const int row = at / (width / 8), chunk = at % (width / 8);
-                const uint4 x = load_shared_16(piece + row * 128 + (chunk * 16 ^ row % 8 * 16));
-                if (first + row < t.sq)
-                    store_chunk(out + row * call.out.stride_s + panel * 64 + chunk * 8, x, (int)call.d_v - panel * 64 - chunk * 8);
-            }
+            for (int panel = batch; panel < min(batch + BATCH, PANELS); panel++)
+                store_panel(own + (panel - batch) * pitch, panel, out, t.sq - first);
+            __syncwarp();
         }
-        fence_proxy_async();
-        __syncwarp();
         release(Q_STAGES == 2 ? shape::Q_EMPTY + n % Q_STAGES : shape::K_EMPTY + keys % STAGES);
         if (Q_STAGES == 1) keys++;
-    }
-    __device__ __forceinline__ void store_chunk(uint16_t *to, uint4 x, int left) const
-    {
-        if (a.aligned_out && left >= 8) {
-            *(uint4 *)to = x;
-        } else {
-            const uint32_t words[4] = { x.x, x.y, x.z, x.w };
-            #pragma unroll
-            for (int e = 0; e < 8; e++)
-                if (e < left) to[e] = (uint16_t)(words[e / 2] >> 16 * (e % 2));
-        }
     }
 
     __device__ __forceinline__ void scores_done(int n)

@@ -105,6 +105,12 @@ FA_DEVICE bool elect_one()
     return elected;
 }
 
+/* 16 aligned bytes. As a plain store of a uint4 the compiler may make four of it. */
+FA_DEVICE void store_global_16(void *dst, uint4 x)
+{
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" :: "l"(dst), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+
 /* Four 8x8 matrices of 16-bit elements, ldmatrix's way back. */
 FA_DEVICE void stmatrix(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3)
 {
