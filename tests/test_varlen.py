@@ -77,6 +77,24 @@ def test_a_sequence_does_not_depend_on_its_neighbours(device):
     assert torch.equal(ours.dq[:50], expected.dq) and torch.equal(ours.dk[:77], expected.dk)
 
 
+@pytest.mark.parametrize("largest", ["first", "last"])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_neighbours_without_a_number(device, d, largest):
+    """Their queries share tiles with those of a sequence whose maximum grows from one block of keys to the next."""
+    alone = Problem(torch.bfloat16, seqlens_q=(9,), seqlens_k=(400,), d=d)
+    among = Problem(torch.bfloat16, seqlens_q=(9, 150), seqlens_k=(400, 30), d=d)
+    inputs = among.inputs()
+    inputs.q[9:] = torch.nan
+    growth = torch.linspace(1, 30, 400)[:, None, None]
+    inputs.k[:400] *= (growth.flip(0) if largest == "first" else growth).to(inputs.k.dtype)
+    own = type(inputs)(*(x[:400] if i in (1, 2) else x[:9] for i, x in enumerate(inputs[:4])), inputs.dlse[:, :9])
+    alone.check(device, own)
+    expected, ours = alone.run(own, device), among.run(inputs, device)
+    assert torch.equal(ours.out[:9], expected.out) and torch.equal(ours.lse[:, :9], expected.lse)
+    assert torch.equal(ours.dq[:9], expected.dq) and torch.equal(ours.dk[:400], expected.dk)
+    assert torch.equal(ours.dv[:400], expected.dv)
+
+
 @pytest.mark.parametrize("function", ["qkv", "kv"])
 def test_packed_functions_agree_with_the_plain_one(device, function):
     lengths = torch.tensor([0, 30, 30, 91], dtype=torch.int32, device=device)

@@ -171,8 +171,9 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             }
             sum[half] += odd;
         }
-        /* The condition waits for the sums, else the compiler moves the exponentials below the next wait for the tensor cores. */
-        if (moved & (sum[0] + sum[1] >= 0.0f)) {
+        /* The condition waits for the sums, else the compiler moves the exponentials below the next wait for the tensor cores. They
+         * are never below 0, but NaN in one row must not keep the other from being rescaled. */
+        if (moved & !(sum[0] + sum[1] < 0.0f)) {
             #pragma unroll
             for (int half = 0; half < 2; half++) {
                 alpha[half] = row_max[half] == -INFINITY ? 0.0f : exp2_approx((alpha[half] - row_max[half]) * c);
