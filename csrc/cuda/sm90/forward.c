@@ -2,17 +2,33 @@
  *
  *     counter = 0, if tiles differ in length | pack, if masked | main kernel | fill, if packed | dmask
  *
- * The plan is a pure function of the call and the device. Blocks are as many as multiprocessors, and each works off tiles until
+ * The plan is a pure function of the call and the device. Blocks are as many as multiprocessors have room for, and each works off tiles until
  * there are none: every gridDim.x-th where all are equally long, else the next from a counter, longest first. */
 #include "../device.h"
 #include "added_args.h"
 #include "kernels.h"
 
 #define LEAST_EFFICIENCY 0.9
+#define BRIEF_COST 1.22                         /* of a score in smaller tiles, d 64 */
 
-enum { COUNTER_BYTES = 128, SECTION_BYTES = 32 << 20, MANY_TILES = 15, BIAS_ROWS = 64 };
+enum { WARP_ROWS = 16, BIAS_ROWS = 64, COUNTER_BYTES = 128, SECTION_BYTES = 32 << 20, MANY_TILES = 15, BRIEF_KEYS = 2048,
+       BRIEF_QUERIES = 4096 };
 
 static int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
+
+/* Scores that tiles of this kernel compute for one head. */
+static double work_of(const struct fa_params *p, const struct fa_cuda_kernel *kernel)
+{
+    const int64_t m = kernel->block_m, n = kernel->block_n;
+    double work = 0;
+    for (int64_t i = 0; i < p->sq; i += m) {
+        const int64_t first = p->window_left < 0 ? 0 : i + p->sk - p->sq - p->window_left;
+        const int64_t last = p->window_right < 0 ? p->sk : (i + m < p->sq ? i + m : p->sq) + p->sk - p->sq + p->window_right;
+        const int64_t blocks = blocks_of(last < p->sk ? last : p->sk, n) - (first > 0 ? first / n : 0);
+        work += (double)(m * n * (blocks > 1 ? blocks : 1));
+    }
+    return work;
+}
 
 const struct fa_cuda_kernel *fa_sm90_forward_kernel(const struct fa_params *p)
 {
@@ -26,7 +42,12 @@ const struct fa_cuda_kernel *fa_sm90_forward_kernel(const struct fa_params *p)
     int n = 0;
     if (fa_sm90_is_added(p)) return (channels <= 64 ? fa_sm90_added_64 : fa_sm90_added_128)(p->dtype);
     while (buckets[n].channels < channels) n++;
-    return (p->dtype == FA_FLOAT16 ? buckets[n].fp16 : buckets[n].bf16)(fa_cuda_variant(p));
+    fa_sm90_find *find = p->dtype == FA_FLOAT16 ? buckets[n].fp16 : buckets[n].bf16;
+    const enum fa_variant variant = fa_cuda_variant(p);
+    const struct fa_cuda_kernel *kernel = find(variant, false), *brief = find(FA_PLAIN, true);
+    if (variant != FA_PLAIN) return kernel;
+    if (brief->block_m == kernel->block_m) return p->sk <= BRIEF_KEYS ? brief : kernel;
+    return p->sq <= BRIEF_QUERIES && BRIEF_COST * work_of(p, brief) < work_of(p, kernel) ? brief : kernel;
 }
 
 static bool is_bounded(const struct fa_params *p) { return p->window_left >= 0 || p->window_right >= 0; }
@@ -49,14 +70,14 @@ static bool is_uneven(const struct fa_params *p) { return is_bounded(p) || is_ra
 
 /* Tiles of one length go round. Causal tiles grow with their number: a head's longest and shortest make a pair, pairs are of one
  * length and go round too, where they fill the device. Elsewhere a counter hands tiles out, longest first. */
-static void schedule(struct fa_sm90_forward_args *f, int64_t multiprocessors)
+static void schedule(struct fa_sm90_forward_args *f, int64_t blocks)
 {
     const struct fa_params *p = &f->a.p;
     const int64_t heads = p->b * p->h, pairs = heads * blocks_of(f->a.m_tiles, 2);
     const bool grows = p->window_left < 0 && p->window_right >= 0 && !is_ragged(p), even = f->a.m_tiles % 2 == 0 || f->a.m_tiles >= MANY_TILES;
     f->units = (int)(heads * f->a.m_tiles);
     f->section = 1;
-    if (grows && even && efficiency(pairs, multiprocessors) >= LEAST_EFFICIENCY) {
+    if (grows && even && efficiency(pairs, blocks) >= LEAST_EFFICIENCY) {
         f->section = 0;
         f->units = (int)pairs;
     } else if (is_uneven(p)) {
@@ -97,6 +118,8 @@ static enum fa_status describe(const struct fa_params *p, const struct fa_cuda_k
     enum fa_status status = fa_tensor_map_encode(&f->q, p->dtype, &p->q, p->d, q_rows, p->h, q_batch, kernel->block_m, error);
     if (!status) status = fa_tensor_map_encode(&f->k, p->dtype, &p->k, p->d, k_rows, p->hk, k_batch, kernel->block_n, error);
     if (!status) status = fa_tensor_map_encode(&f->v, p->dtype, &p->v, p->d_v, k_rows, p->hk, k_batch, kernel->block_n, error);
+    f->store = f->a.aligned_out && p->out.stride_b >= 0 && p->out.stride_s >= 0 && p->out.stride_h >= 0;
+    if (!status && f->store) status = fa_tensor_map_encode(&f->out, p->dtype, &p->out, p->d_v, q_rows, p->h, q_batch, WARP_ROWS, error);
     return status;
 }
 
@@ -114,8 +137,9 @@ static enum fa_status run(const struct fa_params *p, const struct fa_cuda_device
     struct fa_sm90_added_args g = { .f.a = fa_cuda_arguments(p) };      /* f alone is what the kernels without additions take */
     struct fa_sm90_forward_args *f = &g.f;
     plan(kernel, &f->a);
-    schedule(f, device->multiprocessors);
-    const int blocks = f->units < device->multiprocessors ? f->units : device->multiprocessors;
+    const int room = device->multiprocessors * kernel->blocks;
+    schedule(f, room);
+    const int blocks = f->units < room ? f->units : room;
     enum fa_status status = describe(p, kernel, f, error);
     if (!status) status = describe_bias(p, &g, error);
     if (f->units == blocks) f->counter = NULL;

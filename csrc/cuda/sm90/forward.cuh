@@ -3,7 +3,8 @@
  *     S = Q K^T    P = exp2(c S - m)    l = rowsum P    O = P V / l    lse = ln 2 (m + log2 l)        c = scale log2 e
  *
  * Roles. One producer thread loads Q, K and V by TMA. GROUPS consumer warpgroups own 64 query rows each, all keys, all channels:
- * softmax needs no other warpgroup. K and V have rings of their own, two stages, full and empty barriers.
+ * softmax needs no other warpgroup. K and V have rings of their own, two stages, full and empty barriers. With dropout three warps
+ * beside the producer may draw the mask.
  *
  * Pipeline. A block works through a stream of key blocks that does not end where a tile does: while the tensor cores multiply
  * P(n) V(n), S(n + 1) = Q K(n + 1)^T has been issued before, and softmax(n + 1) runs behind both,
@@ -11,23 +12,26 @@
  *     issue S(n + 1) | issue O += P(n) V(n) | wait S | softmax(n + 1) | wait O | rescale O | P(n + 1) to 16 bits
  *
  * also where n is a tile's last block and n + 1 the next tile's first: O then goes out while the other warpgroups keep the tensor
- * cores busy. With PING_PONG the warpgroups issue in turn, so that one's softmax runs behind another's products.
+ * cores busy. With one place for Q, O += P(n) V(n) comes first there, and O goes out beside S(n + 1). With PING_PONG the warpgroups issue in turn, so that one's softmax runs behind another's products.
  * Key blocks that some row does not see whole take a copy of the step with masks. Keys run from last to first.
  *
- * Limit: the tensor cores, 76 % busy at d 128 and 4k keys, as far as the power limit lets the clock go; at 512 keys memory (half
- * busy) and the change of tiles. H100, bf16, 16k tokens: d 64, 128, 256 reach 558, 711, 811 TFLOP/s. */
+ * Limit: the tensor cores, 76 % busy at d 128 and 4k keys, as far as the power limit lets the clock go; at 512 keys the length of
+ * what a warpgroup does between its products: 3000 cycles a block, 5000 where the tile changes, its warps issuing a third of the time. H100, bf16, 16k tokens: d 64, 128, 256 reach 558, 711, 811 TFLOP/s. */
 #ifndef FA_SM90_FORWARD_CUH
 #define FA_SM90_FORWARD_CUH
 
 #include "../score.cuh"
-#include "forward_producer.cuh"
+#include "forward_dropout.cuh"
 
 template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct forward_consumer : forward_shape<D, Tile> {
     using shape = forward_shape<D, Tile>;
     using shape::STAGES, shape::GROUPS, shape::BLOCK_M, shape::BLOCK_N, shape::Q_STAGES, shape::PANELS;
-    enum : int { S_COUNT = BLOCK_N / 2, O_COUNT = D / 2, NT = BLOCK_N / 8, PIECES = BLOCK_N / 16, PIECE_BYTES = 16 * 128 };
-    static_assert(Q_STAGES == 2 || 8 * GROUPS * PIECE_BYTES <= shape::KV_BYTES, "room for finished rows");
+    enum : int { S_COUNT = BLOCK_N / 2, O_COUNT = D / 2, NT = BLOCK_N / 8, PIECES = BLOCK_N / 16, PIECE_BYTES = 16 * 128,
+                 DRAWN = shape::DRAWN, OWN_PIECES = VARIANT == FA_DROPOUT && DRAWN < PIECES ? PIECES - DRAWN : 1 };
+    static_assert(Q_STAGES > 1 || shape::O_PANELS > 0, "finished rows leave by way of Q, or of a place of their own");
+    static_assert(Q_STAGES != 2 || !Tile::BY_TMA, "one Q at hand, one to come, and one on its way out");
 
+    const fa_sm90_forward_args &f;
     const fa_cuda_args &a;
     const uint32_t shared;
     const int group, warp, lane;
@@ -39,8 +43,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     uint32_t p[PIECES][4];                      /* (64, BLOCK_N), left operands */
     float row_max[2], row_sum[2];               /* rows g and g + 8; the sum is this lane's share */
 
-    __device__ __forceinline__ forward_consumer(const fa_cuda_args &args, uint32_t smem)
-        : a(args), shared(smem), group(__shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), keys(0), values(0), tiles(0) {}
+    __device__ __forceinline__ forward_consumer(const fa_sm90_forward_args &args, uint32_t smem)
+        : f(args), a(args.a), shared(smem), group(__shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32), keys(0), values(0), tiles(0) {}
 
     /* d 256 has no registers for score mods beside dropout: kernel.c refuses such calls. */
     __device__ __forceinline__ bool modifies() const { return (VARIANT != FA_DROPOUT || D < 256) && has_score_mod<VARIANT>(a); }
@@ -52,7 +56,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     {
         const uint32_t at = shared + shape::INFO_AT + n % shape::INFOS * sizeof(forward_tile_info);
         const uint4 x = load_shared_16(at), y = load_shared_16(at + 16);
-        return { (int)x.x, (int)x.y, (int)x.z, (int)x.w, (int)y.x, (int)y.y, (int)y.z, (int)y.w };
+        const float2 z = load_shared_8(at + 32);
+        return { (int)x.x, (int)x.y, (int)x.z, (int)x.w, (int)y.x, (int)y.y, (int)y.z, (int)y.w, __float_as_int(z.x), __float_as_int(z.y) };
     }
     /* Goes on to the next tile, its Q in shared memory; false at the end. */
     __device__ __forceinline__ bool next_tile()
@@ -103,11 +108,20 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             #pragma unroll
             for (int panel = 0; panel < PANELS; panel++) store_shared_16(v + panel * BLOCK_N * 128 + at * 16, make_uint4(0, 0, 0, 0));
         fence_proxy_async();
+        __syncwarp();                               /* lanes may have gone round a different number of times */
         barrier_sync(7 + thread / 128, 128);
     }
     __device__ __forceinline__ bool has_tail(int n) const
     {
         return (a.p.cu_k || a.p.seqused_k) && (n + 1) * BLOCK_N > info(tiles - 1).sk;
+    }
+
+    /* Bits of this lane's columns 0, 1, 8, 9, 16, ... of a row that lie below `end`. */
+    static __device__ __forceinline__ uint32_t columns_below(int end)
+    {
+        static_assert(2 * NT <= 32, "a bit a column");
+        const int count = end <= 0 ? 0 : 2 * (end / 8) + min(end % 8, 2);
+        return count < 32 ? (1u << count) - 1 : ~0u;
     }
 
     /* Score mods, then -inf where row and column do not see each other. j0: key of column 0. */
@@ -128,10 +142,10 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
                 }
             }
             if (!MASKED) continue;
-            const int first = first_key(a, seq, i) - j0, last = last_key(a, seq, i) - j0;
+            const uint32_t seen = columns_below(last_key(a, seq, i) - j0) & ~columns_below(first_key(a, seq, i) - j0);
             #pragma unroll
             for (int x = 0; x < 2 * NT; x++)
-                if (x / 2 * 8 + x % 2 < first || x / 2 * 8 + x % 2 >= last) s[x / 2 * 4 + 2 * half + x % 2] = -INFINITY;
+                if (!(seen >> x & 1)) s[x / 2 * 4 + 2 * half + x % 2] = -INFINITY;
         }
     }
 
@@ -185,33 +199,50 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         return moved;
     }
 
-    /* Flags of what dropout drops, per 16x16 piece. */
-    __device__ __forceinline__ void dropout_flags(uint32_t (&flags)[PIECES][2], int n)
+    /* Flags of what dropout drops, per 16x16 piece, of the pieces that nobody draws beside. */
+    __device__ __forceinline__ void dropout_flags(uint32_t (&flags)[OWN_PIECES][2], int n)
     {
-        static_assert(VARIANT != FA_DROPOUT || PIECES % 2 == 0, "pieces are drawn in pairs");
+        static_assert(VARIANT != FA_DROPOUT || (PIECES - DRAWN) % 2 == 0, "pieces are drawn in pairs");
+        if (VARIANT != FA_DROPOUT || OWN_PIECES < 2) return;
         uint64_t seed = a.p.rng[0];
         asm volatile("" : "+l"(seed));              /* else a loop keeps the keys of all rounds in registers: spills */
         const uint32_t batch_head = info(tiles - 1).b * (int)a.p.h + info(tiles - 1).head, row = (info(tiles - 1).i0 + group * 64 + warp * 16) / 16;
         const uint32_t piece_i[2] = { row, row };
         #pragma unroll
-        for (int at = 0; at < PIECES; at += 2) {
+        for (int at = 0; at < OWN_PIECES; at += 2) {
             uint32_t bytes[2][2];
-            const uint32_t piece_j[2] = { (uint32_t)(n * PIECES + at), (uint32_t)(n * PIECES + at + 1) };
+            const uint32_t first = n * PIECES + DRAWN + at, piece_j[2] = { first, first + 1 };
             dropout_bytes(bytes, seed, a.p.rng[1], batch_head, piece_i, piece_j, lane, false);
             #pragma unroll
             for (int x = 0; x < 4; x++) flags[at + x / 2][x % 2] = dropped_flags(bytes[x / 2][x % 2], a.keep256);
         }
     }
-
-    __device__ __forceinline__ void pack_p(const uint32_t (&flags)[PIECES][2])
+    /* P as left operands of the product with V, without what dropout drops. */
+    __device__ __forceinline__ void pack_p(const uint32_t (&own)[OWN_PIECES][2])
     {
+        uint32_t drawn[DRAWN ? shape::FLAG_WORDS : 1];
+        if constexpr (DRAWN > 0) {
+            const int place = keys - 1, stage = place % shape::FLAG_STAGES;     /* keys: scores_done() was here */
+            mbarrier_wait(barrier(shape::FLAGS_FULL + stage), place / shape::FLAG_STAGES & 1);
+            #pragma unroll
+            for (int w = 0; w < shape::FLAG_WORDS; w++)
+                drawn[w] = load_shared_4(shared + shape::FLAGS_AT + stage * shape::FLAGS_BYTES + (w * 128 * GROUPS + (group * 4 + warp) * 32 + lane) * 4);
+            __syncwarp();
+            release(shape::FLAGS_EMPTY + stage);
+        }
         #pragma unroll
-        for (int k = 0; k < PIECES; k++)
+        for (int k = 0; k < PIECES; k++) {
+            uint32_t flags[2] = {};
+            if constexpr (VARIANT == FA_DROPOUT) {
+                #pragma unroll
+                for (int c = 0; c < 2; c++) flags[c] = k < DRAWN ? drawn[DRAWN ? k / 4 : 0] << 2 * k % 8 + c : own[max(k - DRAWN, 0)][c];
+            }
             #pragma unroll
             for (int r = 0; r < 4; r++) {
                 p[k][r] = pack<T>(s[8 * k + 2 * r], s[8 * k + 2 * r + 1]);
-                if (VARIANT == FA_DROPOUT) p[k][r] &= ~dropped_pair(flags[k], 2 * (r % 2) + r / 2);
+                if (VARIANT == FA_DROPOUT) p[k][r] &= ~dropped_pair(flags, 2 * (r % 2) + r / 2);
             }
+        }
     }
 
     /* Factors that normalise rows g and g + 8 of a finished tile; lse goes out. */
@@ -268,33 +299,50 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         }
     }
 
-    /* O of a finished tile, normalised, by way of this warp's rows of its Q, or of a place in K's ring. */
+    /* O of a finished tile, normalised, by way of this warp's rows of its Q, or of a place of its own. With BY_TMA what is there last
+     * leaves while the warp goes on; rows beside another sequence's leave by hand. */
     __device__ __forceinline__ void store(int n, const float (&top)[2], const float (&share)[2])
     {
-        constexpr int BATCH = Q_STAGES == 2 ? PANELS : 2;                   /* panels that there is room for at a time */
+        constexpr int BATCH = Q_STAGES > 1 ? PANELS : shape::O_PANELS;                   /* panels that there is room for at a time */
         const forward_tile_info t = info(n);
         const fa_tensor &to = a.p.out;
         const int first = t.i0 + group * 64 + warp * 16;
         uint16_t *out = (uint16_t *)to.ptr + t.b * to.stride_b + (int64_t)(t.q0 + first) * to.stride_s + t.head * to.stride_h;
-        const uint32_t own = Q_STAGES == 2 ? shared + shape::Q_AT + n % Q_STAGES * shape::Q_BYTES + (group * 64 + warp * 16) * 128
-                           : shared + shape::K_AT + keys % STAGES * shape::KV_BYTES + (group * 4 + warp) * 2 * PIECE_BYTES;
-        const int pitch = Q_STAGES == 2 ? BLOCK_M * 128 : PIECE_BYTES;
+        const uint32_t own = Q_STAGES > 1 ? shared + shape::Q_AT + n % Q_STAGES * shape::Q_BYTES + (group * 64 + warp * 16) * 128
+                           : shared + shape::O_AT + (group * 4 + warp) * BATCH * PIECE_BYTES;
+        const int pitch = Q_STAGES > 1 ? BLOCK_M * 128 : PIECE_BYTES;
         float factor[2];
+        if (Q_STAGES == 1 && Tile::BY_TMA && lane == 0) bulk_wait_read<0>();
         finish_rows(factor, t, first, top, share);
-        if (Q_STAGES == 1) wait_k();
+        __syncwarp();
         #pragma unroll
         for (int batch = 0; batch < PANELS; batch += BATCH) {
             #pragma unroll
             for (int panel = batch; panel < min(batch + BATCH, PANELS); panel++) stage(own + (panel - batch) * pitch, panel, factor);
-            fence_proxy_async();                                            /* TMA writes here next */
+            fence_proxy_async();                                            /* TMA reads or writes here next */
             __syncwarp();
-            #pragma unroll
-            for (int panel = batch; panel < min(batch + BATCH, PANELS); panel++)
-                store_panel(own + (panel - batch) * pitch, panel, out, t.sq - first);
-            __syncwarp();
+            if (Tile::BY_TMA && batch + BATCH >= PANELS && f.store && (!a.p.cu_q || first + 16 <= t.sq)) {
+                if (lane == 0) {
+                    #pragma unroll
+                    for (int panel = batch; panel < PANELS; panel++)
+                        tma_store(own + (panel - batch) * pitch, f.out, 64 * panel, t.q0 + first, t.head, a.p.cu_q ? 0 : t.b);
+                    bulk_commit();
+                }
+            } else {
+                #pragma unroll
+                for (int panel = batch; panel < min(batch + BATCH, PANELS); panel++)
+                    store_panel(own + (panel - batch) * pitch, panel, out, t.sq - first);
+                __syncwarp();
+            }
         }
-        release(Q_STAGES == 2 ? shape::Q_EMPTY + n % Q_STAGES : shape::K_EMPTY + keys % STAGES);
-        if (Q_STAGES == 1) keys++;
+        if (Q_STAGES > 1 && !Tile::BY_TMA) release(shape::Q_EMPTY + n % Q_STAGES);
+    }
+    /* The place of the tile before, which left while the first block after it was multiplied. */
+    __device__ __forceinline__ void recycle(int n)
+    {
+        if (Q_STAGES == 1 || !Tile::BY_TMA || n < 0 || lane) return;
+        bulk_wait_read<0>();
+        mbarrier_arrive(barrier(shape::Q_EMPTY + n % Q_STAGES));
     }
 
     __device__ __forceinline__ void scores_done(int n)
@@ -308,7 +356,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
     /* The scores of key block n beside the products of the block before, whose P is in registers. */
     template <bool MASKED> __device__ __forceinline__ void step(int n, bool accumulate)
     {
-        uint32_t flags[PIECES][2];
+        uint32_t flags[OWN_PIECES][2];
         float alpha[2];
         if (MASKED && has_tail(n + 1)) {
             wait_v();
@@ -322,9 +370,10 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         wgmma_fence();
         issue_output(accumulate);
         pass_turn();
-        if (VARIANT == FA_DROPOUT) dropout_flags(flags, n);
+        dropout_flags(flags, n);
         wgmma_wait<1>();
         scores_done(n);
+        if (!accumulate) recycle(tiles - 2);
         if (MASKED || modifies()) modify<MASKED>(n);
         const bool moved = softmax<MASKED>(alpha);
         wgmma_wait<0>();
@@ -343,9 +392,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
 
     __device__ __forceinline__ bool is_whole(int n) const
     {
-        int i0;
-        const sequence seq = current(i0);
-        return n * BLOCK_N >= first_key(a, seq, min(i0 + BLOCK_M, seq.sq) - 1) && (n + 1) * BLOCK_N <= last_key(a, seq, i0);
+        const forward_tile_info t = info(tiles - 1);
+        return n >= t.whole_first && n < t.whole_last;
     }
     /* Softmax of a tile's first block. */
     __device__ __forceinline__ void begin_rows(int n)
@@ -358,25 +406,34 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         softmax<true>(unused);
     }
 
-    /* From the last block of a tile to the first of the next; false where that was the last tile. */
+    /* From the last block of a tile to the first of the next; false where that was the last tile. Where the next Q can only come now,
+     * the last product with V does not wait for it. */
     __device__ __forceinline__ bool next(bool accumulate)
     {
-        uint32_t flags[PIECES][2];
+        uint32_t flags[OWN_PIECES][2];
         const int finished = tiles - 1;
         const float top[2] = { row_max[0], row_max[1] }, share[2] = { row_sum[0], row_sum[1] };
         if (has_tail(n_first)) {
             wait_v();
             clear_tail(info(tiles - 1).sk - n_first * BLOCK_N);
         }
-        if (!next_tile()) {
-            turn();
+        if (Q_STAGES == 1) {
             wait_v();
             wgmma_fence();
             issue_output(accumulate);
-            pass_turn();
+        }
+        if (!next_tile()) {
+            if (Q_STAGES > 1) {
+                turn();
+                wait_v();
+                wgmma_fence();
+                issue_output(accumulate);
+                pass_turn();
+            }
             wgmma_wait<0>();
             wgmma_result(o);
             store(finished, top, share);
+            if (Tile::BY_TMA && lane == 0) bulk_wait_read<0>();
             return false;
         }
         const int n = n_last - 1;
@@ -384,42 +441,50 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         turn();
         wgmma_fence();
         issue_scores();
-        wait_v();
-        wgmma_fence();
-        issue_output(accumulate);
+        if (Q_STAGES > 1) {
+            wait_v();
+            wgmma_fence();
+            issue_output(accumulate);
+        }
         pass_turn();
-        if (VARIANT == FA_DROPOUT) dropout_flags(flags, n);
+        if (Q_STAGES > 1) dropout_flags(flags, n);
         wgmma_wait<1>();
+        if (Q_STAGES == 1) {
+            wgmma_result(o);
+            release(shape::V_EMPTY + values++ % STAGES);
+            store(finished, top, share);
+            dropout_flags(flags, n);
+                wgmma_wait<0>();
+        }
         scores_done(n);
+        if (!accumulate) recycle(finished - 1);
         begin_rows(n);
-        wgmma_wait<0>();
-        wgmma_result(o);
-        wgmma_result(s);
-        release(shape::V_EMPTY + values++ % STAGES);
+        if (Q_STAGES > 1) {
+            wgmma_wait<0>();
+            wgmma_result(o);
+            wgmma_result(s);
+            release(shape::V_EMPTY + values++ % STAGES);
+        }
         pack_p(flags);
-        store(finished, top, share);
+        if (Q_STAGES > 1) store(finished, top, share);
         return true;
     }
-
     __device__ __forceinline__ void run()
     {
-        uint32_t flags[PIECES][2];
+        uint32_t flags[OWN_PIECES][2];
         if (Tile::PING_PONG && group == GROUPS - 1) barrier_arrive(1, 256);
         if (!next_tile()) return;
         wait_k();
         wgmma_fence();
         issue_scores();
-        if (VARIANT == FA_DROPOUT) dropout_flags(flags, n_last - 1);
+        dropout_flags(flags, n_last - 1);
         wgmma_wait<0>();
         scores_done(n_last - 1);
         begin_rows(n_last - 1);
         pack_p(flags);
         bool more;
         do {
-            int i0;
-            const sequence seq = current(i0);
-            const int whole_first = (first_key(a, seq, min(i0 + BLOCK_M, seq.sq) - 1) + BLOCK_N - 1) / BLOCK_N;
-            const int whole_last = max(last_key(a, seq, i0), 0) / BLOCK_N;
+            const int whole_first = info(tiles - 1).whole_first, whole_last = info(tiles - 1).whole_last;
             bool accumulate = false;
             int n = n_last - 2;
             /* The first step clears the tail, whether the block after is whole or not. */
@@ -433,7 +498,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
 };
 
 template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile>
-__global__ void __launch_bounds__(128 * (Tile::GROUPS + 1), 1) forward_kernel(const __grid_constant__ fa_sm90_forward_args f)
+__global__ void __launch_bounds__(128 * (Tile::GROUPS + 1), Tile::BLOCKS) forward_kernel(const __grid_constant__ fa_sm90_forward_args f)
 {
     extern __shared__ uint8_t dynamic[];
     using shape = forward_shape<D, Tile>;
@@ -441,8 +506,10 @@ __global__ void __launch_bounds__(128 * (Tile::GROUPS + 1), 1) forward_kernel(co
     if (threadIdx.x == 0) {
         const uint32_t barriers = shared + shape::BARRIERS_AT;
         for (int n = 0; n < shape::BARRIERS; n++) {
-            const bool empty = (n >= shape::Q_EMPTY && n < shape::K_FULL) || (n >= shape::K_EMPTY && n < shape::V_FULL) || n >= shape::V_EMPTY;
-            mbarrier_init(barriers + 8 * n, empty ? 4 * shape::GROUPS : 1);
+            const bool empty = (n >= shape::Q_EMPTY && n < shape::K_FULL) || (n >= shape::K_EMPTY && n < shape::V_FULL)
+                            || (n >= shape::V_EMPTY && n < shape::INFO_FULL) || n >= shape::FLAGS_EMPTY;
+            const bool flags = n >= shape::FLAGS_FULL && n < shape::FLAGS_EMPTY;
+            mbarrier_init(barriers + 8 * n, empty ? 4 * shape::GROUPS : flags ? forward_dropout<D, Tile>::DRAWERS : 1);
         }
         mbarrier_init_fence();
     }
@@ -456,9 +523,12 @@ __global__ void __launch_bounds__(128 * (Tile::GROUPS + 1), 1) forward_kernel(co
             forward_producer<D, Tile> producer{ {}, f, shared };
             producer.run();
         }
+        if constexpr (shape::DRAWN > 0) {
+            if (threadIdx.x >= 32) forward_dropout<D, Tile>{ {}, f.a, shared }.run();
+        }
     } else {
         more_registers<shape::CONSUMER_REGISTERS>();
-        forward_consumer<T, D, VARIANT, Tile> consumer(f.a, shared);
+        forward_consumer<T, D, VARIANT, Tile> consumer(f, shared);
         consumer.run();
     }
 }

@@ -14,19 +14,25 @@
 struct forward_tile_info {
     int b, head, i0, q0;            /* i0: first query within the sequence; b < 0: the stream is over */
     int sq, sk, n_first, n_last;    /* key blocks [first, last) */
-    int k0, unused[3];              /* the producer's */
+    int whole_first, whole_last;    /* key blocks that every row sees whole */
+    int k0, unused;                 /* the producer's */
 };
 
 template <int D, class Tile> struct forward_shape {
     enum : int {
-        STAGES = 2, INFOS = 4, GROUPS = Tile::GROUPS, BLOCK_M = 64 * GROUPS, BLOCK_N = Tile::BLOCK_N, Q_STAGES = Tile::Q_STAGES,
+        DRAWN = Tile::DRAWN, STAGES = 2, INFOS = 4, GROUPS = Tile::GROUPS, BLOCK_M = 64 * GROUPS, BLOCK_N = Tile::BLOCK_N, Q_STAGES = Tile::Q_STAGES,
         THREADS = 128 * (GROUPS + 1), PANELS = (D + 63) / 64,
-        PRODUCER_REGISTERS = GROUPS == 2 ? 40 : 32, CONSUMER_REGISTERS = GROUPS == 1 ? 240 : GROUPS == 2 ? 232 : 160,
+        PRODUCER_REGISTERS = Tile::BLOCKS > 1 ? (Tile::BLOCKS == 3 ? 32 : 40) : DRAWN ? 56 : GROUPS == 2 ? 40 : 32,
+        CONSUMER_REGISTERS = Tile::BLOCKS == 3 ? 128 : Tile::BLOCKS == 2 ? 216 : GROUPS == 2 ? (DRAWN ? 224 : 232) : (DRAWN ? 152 : 160),
         Q_BYTES = BLOCK_M * PANELS * 128, KV_BYTES = BLOCK_N * PANELS * 128,
-        Q_AT = 0, K_AT = Q_AT + Q_STAGES * Q_BYTES, V_AT = K_AT + STAGES * KV_BYTES, INFO_AT = V_AT + STAGES * KV_BYTES,
+        Q_AT = 0, K_AT = Q_AT + Q_STAGES * Q_BYTES, V_AT = K_AT + STAGES * KV_BYTES, O_AT = V_AT + STAGES * KV_BYTES,
+        FLAG_STAGES = DRAWN ? 4 : 0, FLAG_WORDS = (DRAWN + 3) / 4, FLAGS_BYTES = 128 * GROUPS * FLAG_WORDS * 4,
+        O_PANELS = Tile::O_PANELS, FLAGS_AT = O_AT + BLOCK_M * O_PANELS * 128, INFO_AT = FLAGS_AT + FLAG_STAGES * FLAGS_BYTES,
         BARRIERS_AT = INFO_AT + INFOS * (int)sizeof(forward_tile_info),
         Q_FULL = 0, Q_EMPTY = Q_FULL + Q_STAGES, K_FULL = Q_EMPTY + Q_STAGES, K_EMPTY = K_FULL + STAGES, V_FULL = K_EMPTY + STAGES,
-        V_EMPTY = V_FULL + STAGES, BARRIERS = V_EMPTY + STAGES,
+        V_EMPTY = V_FULL + STAGES,
+        INFO_FULL = V_EMPTY + STAGES, FLAGS_FULL = INFO_FULL + INFOS, FLAGS_EMPTY = FLAGS_FULL + FLAG_STAGES,
+        BARRIERS = DRAWN ? FLAGS_EMPTY + FLAG_STAGES : INFO_FULL,
         ALIGNMENT = 1024, SHARED_BYTES = BARRIERS_AT + 8 * BARRIERS + ALIGNMENT,
     };
     static_assert(BLOCK_N % 16 == 0 && BLOCK_N <= 256 && D % 16 == 0 && SHARED_BYTES <= 227 * 1024, "a tile that fits");
@@ -59,14 +65,6 @@ template <int D, class Tile> struct forward_producer : forward_shape<D, Tile> {
     }
     __device__ __forceinline__ void load_k(int row) { load_block(f.k, shape::K_AT, shape::K_FULL, shape::K_EMPTY, keys++, row, kv_head, kv_batch); }
     __device__ __forceinline__ void load_v(int row) { load_block(f.v, shape::V_AT, shape::V_FULL, shape::V_EMPTY, values++, row, kv_head, kv_batch); }
-    /* Without a second Q, finished rows leave by way of a place in K's ring that nothing is loaded into. */
-    __device__ __forceinline__ void lend_k()
-    {
-        const int stage = keys % STAGES, parity = keys / STAGES & 1;
-        mbarrier_wait(barrier(shape::K_EMPTY + stage), parity ^ 1);
-        mbarrier_arrive(barrier(shape::K_FULL + stage));
-        keys++;
-    }
 
     /* Sections: the longest tiles of all their heads first, keys and values stay in L2. Pairs: all units are equally long. */
     __device__ __forceinline__ void decode(int &batch_head, int &m) const
@@ -111,12 +109,15 @@ template <int D, class Tile> struct forward_producer : forward_shape<D, Tile> {
             }
             store_shared_16(at, make_uint4(b, head, i0, s.q0));
             store_shared_16(at + 16, make_uint4(s.sq, s.sk, n_first, n_last));
-            store_shared_16(at + 32, make_uint4(s.k0, 0, 0, 0));
+            const int whole_first = (first_key(a, s, i_end) + BLOCK_N - 1) / BLOCK_N, whole_last = max(last_key(a, s, i0), 0) / BLOCK_N;
+            store_shared_16(at + 32, make_uint4(whole_first, whole_last, s.k0, 0));
+            if (shape::DRAWN) mbarrier_arrive(barrier(shape::INFO_FULL + tiles % shape::INFOS));
             if (tiles) prefetch(s.q0 + i0, s.k0 + (n_last - 1) * BLOCK_N, b, head);
             advance_unit();
             return true;
         }
         store_shared_16(at, make_uint4(~0u, 0, 0, 0));
+        if (shape::DRAWN) mbarrier_arrive(barrier(shape::INFO_FULL + tiles % shape::INFOS));
         return false;
     }
     __device__ __forceinline__ void prefetch(int q_row, int k_row, int b, int head) const
@@ -136,7 +137,7 @@ template <int D, class Tile> struct forward_producer : forward_shape<D, Tile> {
         return barrier(shape::Q_FULL + tiles % Q_STAGES);
     }
 
-    /* K(n) before V(n + 1): the order in which they are used. */
+    /* K(n) before V(n + 1): the order in which they are used; where there is one Q, it comes when its place is free, and holds up neither. */
     __device__ __forceinline__ void run()
     {
         int row = 0;                                            /* the key block at hand */
@@ -144,15 +145,19 @@ template <int D, class Tile> struct forward_producer : forward_shape<D, Tile> {
         following = f.counter ? gridDim.x + atomicAdd(f.counter, 1) : unit + gridDim.x;
         bool more = find();
         while (more) {
-            const uint32_t at = shared + shape::INFO_AT + tiles % shape::INFOS * sizeof(forward_tile_info), full = free_q();
+            const uint32_t at = shared + shape::INFO_AT + tiles % shape::INFOS * sizeof(forward_tile_info);
             const uint4 x = load_shared_16(at), y = load_shared_16(at + 16), z = load_shared_16(at + 32);
-            const int head = x.y / f.a.group, batch = f.a.p.cu_k ? 0 : x.x, last_row = z.x + (y.w - 1) * BLOCK_N;
+            const int head = x.y / f.a.group, batch = f.a.p.cu_k ? 0 : x.x, last_row = z.z + (y.w - 1) * BLOCK_N;
+            if (Q_STAGES == 1) {
+                if (tiles) load_v(row);
+                load_block(f.k, shape::K_AT, shape::K_FULL, shape::K_EMPTY, keys++, last_row, head, batch);
+            }
+            const uint32_t full = free_q();
             mbarrier_arrive_expect(full, shape::Q_BYTES);
             load_panels(shared + shape::Q_AT + tiles % Q_STAGES * shape::Q_BYTES, BLOCK_M * 128, f.q, x.w + x.z, x.y, f.a.p.cu_q ? 0 : x.x, full, EVICT_FIRST);
-            load_block(f.k, shape::K_AT, shape::K_FULL, shape::K_EMPTY, keys++, last_row, head, batch);
-            if (tiles) {
-                load_v(row);
-                if (Q_STAGES == 1) lend_k();
+            if (Q_STAGES > 1) {
+                load_block(f.k, shape::K_AT, shape::K_FULL, shape::K_EMPTY, keys++, last_row, head, batch);
+                if (tiles) load_v(row);
             }
             kv_head = head, kv_batch = batch, row = last_row, tiles++;
             more = find();
@@ -162,10 +167,7 @@ template <int D, class Tile> struct forward_producer : forward_shape<D, Tile> {
                 load_v(row);
             }
         }
-        if (tiles) {
-            load_v(row);
-            if (Q_STAGES == 1) lend_k();
-        }
+        if (tiles) load_v(row);
         mbarrier_arrive(free_q());
     }
 };

@@ -8,8 +8,8 @@
 extern "C" {
 #endif
 
-/* One type and head-dim bucket of a pass. */
-typedef const struct fa_cuda_kernel *fa_sm90_find(enum fa_variant variant);
+/* One type and head-dim bucket of the forward pass; brief: the plain kernel for short sequences. */
+typedef const struct fa_cuda_kernel *fa_sm90_find(enum fa_variant variant, bool brief);
 
 fa_sm90_find fa_sm90_forward_fp16_64, fa_sm90_forward_fp16_96, fa_sm90_forward_fp16_128, fa_sm90_forward_fp16_192,
              fa_sm90_forward_fp16_256;
