@@ -2,17 +2,17 @@
  *
  *     counter = 0, if tiles differ in length | pack, if masked | main kernel | fill, if packed | dmask
  *
- * The plan is a pure function of the call and the device. Blocks are as many as multiprocessors have room for, and each works off tiles until
- * there are none: every gridDim.x-th where all are equally long, else the next from a counter, longest first. */
+ * The plan is a pure function of the call and the device. Blocks are as many as multiprocessors have room for, and each works off
+ * tiles until there are none: every gridDim.x-th where all are equally long, else the next from a counter, longest first. */
 #include "../device.h"
 #include "added_args.h"
 #include "kernels.h"
 
 #define LEAST_EFFICIENCY 0.9
-#define BRIEF_COST 1.22                         /* of a score in smaller tiles, d 64 */
+#define SMALL_COST 1.22                         /* of a score in smaller tiles, d 64 */
 
 enum { WARP_ROWS = 16, BIAS_ROWS = 64, COUNTER_BYTES = 128, SECTION_BYTES = 32 << 20, MANY_TILES = 15, BRIEF_KEYS = 2048,
-       BRIEF_QUERIES = 4096 };
+       SMALL_KEYS = 1024, SMALL_QUERIES = 4096 };
 
 static int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
@@ -47,7 +47,8 @@ const struct fa_cuda_kernel *fa_sm90_forward_kernel(const struct fa_params *p)
     const struct fa_cuda_kernel *kernel = find(variant, false), *brief = find(FA_PLAIN, true);
     if (variant != FA_PLAIN) return kernel;
     if (brief->block_m == kernel->block_m) return p->sk <= BRIEF_KEYS ? brief : kernel;
-    return p->sq <= BRIEF_QUERIES && BRIEF_COST * work_of(p, brief) < work_of(p, kernel) ? brief : kernel;
+    if (p->sk > SMALL_KEYS || p->sq > SMALL_QUERIES) return kernel;
+    return SMALL_COST * work_of(p, brief) < work_of(p, kernel) ? brief : kernel;
 }
 
 static bool is_bounded(const struct fa_params *p) { return p->window_left >= 0 || p->window_right >= 0; }

@@ -303,7 +303,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
      * leaves while the warp goes on; rows beside another sequence's leave by hand. */
     __device__ __forceinline__ void store(int n, const float (&top)[2], const float (&share)[2])
     {
-        constexpr int BATCH = Q_STAGES > 1 ? PANELS : shape::O_PANELS;                   /* panels that there is room for at a time */
+        constexpr int BATCH = Q_STAGES > 1 ? PANELS : shape::O_PANELS;      /* panels that there is room for at a time */
         const forward_tile_info t = info(n);
         const fa_tensor &to = a.p.out;
         const int first = t.i0 + group * 64 + warp * 16;
@@ -454,7 +454,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             release(shape::V_EMPTY + values++ % STAGES);
             store(finished, top, share);
             dropout_flags(flags, n);
-                wgmma_wait<0>();
+            wgmma_wait<0>();
         }
         scores_done(n);
         if (!accumulate) recycle(finished - 1);
@@ -469,6 +469,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         if (Q_STAGES > 1) store(finished, top, share);
         return true;
     }
+
     __device__ __forceinline__ void run()
     {
         uint32_t flags[OWN_PIECES][2];
