@@ -204,18 +204,28 @@ static void strip(const struct backward *job, const struct scratch *t, const str
 {
     const struct cpu_plan *plan = &job->plan;
     const struct fa_cpu_ops *ops = plan->ops;
-    const int64_t d = plan->d_row, dv = plan->dv_row, ld = plan->s_row, nr = ops->nr, at = row * ld, n = fa_pad(view.count, ops->pad);
+    const int64_t d = plan->d_row, dv = plan->dv_row, ld = plan->s_row, nr = ops->nr;
+    const struct fa_left q = { fa_operand(plan, from->q.ptr, row * d), d }, dout = { fa_operand(plan, from->dout.ptr, row * dv), dv };
+    struct fa_right k = { t->k_panels, nr, nr * plan->d_pad }, v = { t->v_panels, nr, nr * plan->dv_pad };
+    struct fa_gradients to = { fa_operand(plan, t->to.p, row * ld), fa_operand(plan, t->to.ds, row * ld),
+                               fa_operand(plan, t->to.ds_sum, row * ld), job->dbias.kind != NO_DBIAS };
+    const float *lse = job->lse + first + row, *delta = job->delta + first + row;
+    const int64_t plain = ops->gradients_of_products ? fa_cpu_plain_columns(plan, rows, row, m, j0, view) : 0;
+    if (plain > 0 && ops->gradients_of_products(q, k, dout, v, m, plain, plan->p->d, plan->p->d_v, plan->exponent_scale, lse, delta, to, ld)) {
+        if (plain == view.count) return;
+        k.ptr = fa_operand(plan, k.ptr, plain * plan->d_pad), v.ptr = fa_operand(plan, v.ptr, plain * plan->dv_pad);
+        to.p = fa_operand(plan, to.p, FA_ROW_PAD * plain), to.ds = fa_operand(plan, to.ds, plain);
+        to.ds_sum = fa_operand(plan, to.ds_sum, FA_ROW_PAD * plain);
+        j0 += plain;
+        view.count -= plain;
+    }
+    const int64_t n = fa_pad(view.count, ops->pad);
     const struct fa_result s = { t->s, ld }, dp = { t->dp, ld };
-    const struct fa_gradients to = { fa_operand(plan, t->to.p, at), fa_operand(plan, t->to.ds, at), fa_operand(plan, t->to.ds_sum, at),
-                                     job->dbias.kind != NO_DBIAS };
-    ops->gemm(s, (struct fa_left){ fa_operand(plan, from->q.ptr, row * d), d }, (struct fa_right){ t->k_panels, nr, nr * plan->d_pad },
-              m, n, plan->p->d, false);
-    ops->gemm(dp, (struct fa_left){ fa_operand(plan, from->dout.ptr, row * dv), dv },
-              (struct fa_right){ t->v_panels, nr, nr * plan->dv_pad }, m, n, plan->p->d_v, false);
+    ops->gemm(s, q, k, m, n, plan->p->d, false);
+    ops->gemm(dp, dout, v, m, n, plan->p->d_v, false);
     fa_cpu_modify_scores(plan, rows, row, m, s, j0, view, t->derivative);
     if (t->z) fa_cpu_dropout_mask(plan, rows, row, m, t->z, ld, j0, n);
-    ops->softmax_backward(s, dp, m, n, plan->exponent_scale, job->lse + first + row, job->delta + first + row, t->z,
-                          takes_derivative_last(job, t) ? NULL : t->derivative, to);
+    ops->softmax_backward(s, dp, m, n, plan->exponent_scale, lse, delta, t->z, takes_derivative_last(job, t) ? NULL : t->derivative, to);
 }
 
 /* One tile: rows x the item's keys from column 0 to `count`. */

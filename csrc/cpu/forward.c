@@ -98,11 +98,19 @@ static void strip(const struct forward *job, const struct scratch *t, const stru
 {
     const struct cpu_plan *plan = &job->plan;
     const struct fa_cpu_ops *ops = plan->ops;
-    const int64_t n = fa_pad(view.count, ops->pad), ld = plan->s_row;
+    const int64_t ld = plan->s_row;
     const struct fa_result s = { t->s, ld }, o = { t->o + row * plan->dv_row, plan->dv_row };
     const struct fa_left q = { fa_operand(plan, t->q, row * plan->d_row), plan->d_row }, p = { t->p, ld };
     const struct fa_right k = { fa_operand(plan, job->k_panels, (key + j0) * plan->d_pad), ops->nr, ops->nr * plan->d_pad };
     const struct fa_right v = { fa_operand(plan, job->v_rows, (key + j0) * plan->dv_right), plan->dv_right, ops->row_panel };
+    const int64_t plain = ops->softmax_of_products ? fa_cpu_plain_columns(plan, rows, row, m, j0, view) : 0;
+    if (plain > 0 && ops->softmax_of_products(q, k, m, plain, plan->p->d, plan->exponent_scale, max + row, sum + row, o, plan->dv_pad, p)) {
+        ops->gemm(o, p, v, m, plan->dv_pad, plain, true);                                                             /* O += P V */
+        if (plain < view.count)
+            strip(job, t, rows, row, m, key, j0 + plain, (struct cpu_view){ view.count - plain, view.masked }, max, sum);
+        return;
+    }
+    const int64_t n = fa_pad(view.count, ops->pad);
     ops->gemm(s, q, k, m, n, plan->p->d, false);                                                                    /* S = Q K^T */
     fa_cpu_modify_scores(plan, rows, row, m, s, j0, view, NULL);
     if (t->z) fa_cpu_dropout_mask(plan, rows, row, m, t->z, ld, j0, n);

@@ -273,7 +273,28 @@ INLINE void two_rows(const bool exact, const bool modified, const struct gradien
     }
 }
 
+/* Row r of a strip of `rows`; beyond them one whose P and dS are 0. */
+INLINE struct gradient_row gradient_row_at(struct fa_result s, struct fa_result dp, int64_t r, int64_t rows, float scale,
+                                           const float *lse, const float *delta)
+{
+    const int64_t at = r < rows ? r : rows - 1;
+    struct gradient_row row = { .s = s.ptr + at * s.row, .dp = dp.ptr + at * dp.row, .lse = lse[at], .shift = -lse[at] * scale, .delta = delta[at] };
+    if (r >= rows) row.lse = __builtin_inff(), row.shift = -__builtin_inff(), row.delta = 0;
+    return row;
+}
+
 /* p and ds_sum: tiles (rows / 32, row stride / 16); rows up to the next multiple of 32 are 0, as if their lse were infinite. */
+INLINE void clear_pairs(struct fa_gradients t, int64_t rows, int64_t n, int64_t ld)
+{
+    for (int64_t r = (rows + 1) / 2 * 2; r % K_STEP; r += 2) {
+        const int64_t tile_row = r / K_STEP * K_STEP * ld + r % K_STEP / 2 * K_STEP;
+        for (int64_t j = 0; j < n; j += VL) {
+            _mm512_storeu_si512((bf16 *)t.p + tile_row + j / TILE * TILE_ELEMENTS, _mm512_setzero_si512());
+            _mm512_storeu_si512((bf16 *)t.ds_sum + tile_row + j / TILE * TILE_ELEMENTS, _mm512_setzero_si512());
+        }
+    }
+}
+
 static void softmax_backward_bf16(struct fa_result s, struct fa_result dp, int64_t rows, int64_t n, float scale,
                                  const float *lse, const float *delta, const float *z, const float *d, struct fa_gradients t)
 {
@@ -282,12 +303,10 @@ static void softmax_backward_bf16(struct fa_result s, struct fa_result dp, int64
         bool exact = false;
         for (int i = 0; i < 2; i++) {
             const int64_t at = r + i < rows ? r + i : r;
-            row[i] = (struct gradient_row){ s.ptr + at * s.row, dp.ptr + at * dp.row, z ? z + at * s.row : NULL, d ? d + at * s.row : NULL,
-                                            lse[at], -lse[at] * scale, delta[at], t.keep_ds };
-            if (r + i >= rows) {
-                row[i].lse = __builtin_inff(), row[i].shift = -__builtin_inff(), row[i].delta = 0;
-                row[i].keep_ds = false;
-            }
+            row[i] = gradient_row_at(s, dp, r + i, rows, scale, lse, delta);
+            row[i].z = z ? z + at * s.row : NULL;
+            row[i].d = d ? d + at * s.row : NULL;
+            row[i].keep_ds = t.keep_ds && r + i < rows;
             exact |= !(__builtin_fabsf(row[i].shift) < EXACT_FROM) && row[i].lse != __builtin_inff();
         }
         const int64_t tile_row = r / K_STEP * K_STEP * s.row + r % K_STEP / 2 * K_STEP;
@@ -296,13 +315,7 @@ static void softmax_backward_bf16(struct fa_result s, struct fa_result dp, int64
         else if (z || d || t.keep_ds) two_rows(false, true, row, n, scale, p, ds, s.row, ds_sum);
         else two_rows(false, false, row, n, scale, p, ds, s.row, ds_sum);
     }
-    for (int64_t r = (rows + 1) / 2 * 2; r % K_STEP; r += 2) {
-        const int64_t tile_row = r / K_STEP * K_STEP * s.row + r % K_STEP / 2 * K_STEP;
-        for (int64_t j = 0; j < n; j += VL) {
-            _mm512_storeu_si512((bf16 *)t.p + tile_row + j / TILE * TILE_ELEMENTS, _mm512_setzero_si512());
-            _mm512_storeu_si512((bf16 *)t.ds_sum + tile_row + j / TILE * TILE_ELEMENTS, _mm512_setzero_si512());
-        }
-    }
+    clear_pairs(t, rows, n, s.row);
 }
 
 static float dot_bf16(const void *left, const void *right, int64_t n)
