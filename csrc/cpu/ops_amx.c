@@ -150,6 +150,7 @@ INLINE bool softmax_of_products(const bool two, struct fa_left q, struct fa_righ
         shift[r] = -max[r] * scale;
         if (!(__builtin_fabsf(shift[r]) < MOST_SHIFT)) return false;
     }
+    const int64_t rows = (m + steps - 1) / steps;               /* of softmax after a step */
     for (int64_t j = 0; j <= n; j += SQUARE) {                  /* this square's product, the softmax of the one before */
         const float *s = square[j / SQUARE % 2 ^ 1];
         const bf16 *b = (const bf16 *)k.ptr + j / TILE * k.panel;
@@ -157,7 +158,7 @@ INLINE bool softmax_of_products(const bool two, struct fa_left q, struct fa_righ
         if (j < n) clear_tiles(two);
         for (int64_t step = 0; step < steps; step++) {
             if (j < n) product_step(two, (const bf16 *)q.ptr + step * K_STEP, q.row, b + step * b_step, k.panel);
-            for (const int64_t end = m * (step + 1) / steps; r < end; r++)
+            for (const int64_t end = r + rows < m ? r + rows : m; r < end; r++)
                 probabilities(s + r * SQUARE, broadcast(scale), shift[r], &sums[r], (bf16 *)p.ptr + r * p.row + j - SQUARE);
         }
         if (j < n) store_tiles(two, square[j / SQUARE % 2], SQUARE);
@@ -190,6 +191,7 @@ INLINE bool gradients_of_products(const bool two, struct fa_left q, struct fa_ri
     for (int64_t r = 0; r < m; r++)
         if (!(__builtin_fabsf(lse[r] * scale) < EXACT_FROM) && lse[r] != __builtin_inff()) return false;
     __asm__ volatile("" ::: "memory");                          /* tile loads do not tell the compiler what they read */
+    const int64_t rows = ((m + steps - 1) / steps + 1) / 2 * 2; /* of softmax after a step */
     for (int64_t j = 0; j <= n; j += SQUARE) {                  /* this square's products, the softmax of the one before */
         float (*const now)[SQUARE * SQUARE] = squares[j / SQUARE % 2], (*const before)[SQUARE * SQUARE] = squares[j / SQUARE % 2 ^ 1];
         int64_t r = j > 0 ? 0 : m;
@@ -205,7 +207,7 @@ INLINE bool gradients_of_products(const bool two, struct fa_left q, struct fa_ri
                 if (step == s_steps - 1) store_tiles(two, now[0], SQUARE);
                 if (step == steps - 1) store_tiles(two, now[1], SQUARE);
             }
-            for (const int64_t end = m * (step + 1) / steps; r < end; r += 2) {
+            for (const int64_t end = r + rows < m ? r + rows : m; r < end; r += 2) {
                 struct gradient_row row[2];
                 for (int64_t i = 0; i < 2; i++)
                     row[i] = gradient_row_at((struct fa_result){ before[0], SQUARE }, (struct fa_result){ before[1], SQUARE }, r + i, m, scale,
