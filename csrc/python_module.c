@@ -1,17 +1,18 @@
 /* python_module.c: the C interface as Python functions, the only file that knows Python.
  *
- *     _C.forward(allocate, **fields)     _C.backward(allocate, **fields)     _C.choose(which_pass, **fields)
+ *     _C.forward(allocate, *values)     _C.backward(allocate, *values)     _C.choose(which_pass, *values)
  *
- * Keywords are the members of struct fa_params, found through one table; what is left out is 0 or NULL.
- * Tensors come as (ptr, stride_b, stride_s, stride_h), so no PyTorch header is needed and one binary, in
- * CPython's limited API, serves every Python and every PyTorch. `allocate(bytes)` gives scratch: anything
- * with a data_ptr() method. The GIL is released while a kernel runs. Exception types live in the module's
- * state: there are no globals. */
+ * The values are members of struct fa_params, in the order of one table, whose names are _C.FIELDS; values left out at the
+ * end are 0 or NULL. They go by position because a call must cost little: names alone would take as long as the checks.
+ * Tensors come as (address, strides), so no PyTorch header is needed and one binary, in CPython's limited API, serves
+ * every Python and every PyTorch. `allocate(bytes)` gives scratch: anything with a data_ptr() method. The GIL is
+ * released while a kernel runs. Exception types live in the module's state: there are no globals. */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
 #include <stddef.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "flash_attn.h"
@@ -27,7 +28,7 @@ static struct state *state_of(PyObject *module)
 
 /* ---- fields: one row for each member that Python may set, in the order in which Python passes them ---- */
 
-enum kind { TENSOR, SCORES, POINTER, INT64, ENUM, DOUBLE, BOOL };
+enum kind { TENSOR, ROWS, SCORES, POINTER, INT64, ENUM, DOUBLE, BOOL };
 
 struct field { const char *name; size_t offset; enum kind kind; };
 
@@ -39,22 +40,25 @@ static const struct field fields[] = {
     FIELD(sq, INT64),          FIELD(sk, INT64),          FIELD(d, INT64),         FIELD(d_v, INT64),
     FIELD(total_q, INT64),     FIELD(total_k, INT64),
     FIELD(q, TENSOR),          FIELD(k, TENSOR),          FIELD(v, TENSOR),        FIELD(out, TENSOR),
-    FIELD(lse, TENSOR),        FIELD(dout, TENSOR),       FIELD(dlse, TENSOR),
-    FIELD(dq, TENSOR),         FIELD(dk, TENSOR),         FIELD(dv, TENSOR),
-    FIELD(s_dmask, POINTER),   FIELD(dmask_sq, INT64),    FIELD(dmask_sk, INT64),
+    FIELD(lse, ROWS),
     FIELD(cu_q, POINTER),      FIELD(cu_k, POINTER),      FIELD(seqused_k, POINTER),
     FIELD(scale, DOUBLE),      FIELD(softcap, DOUBLE),
     FIELD(window_left, INT64), FIELD(window_right, INT64),
     FIELD(alibi, POINTER),     FIELD(alibi_stride_b, INT64),
-    FIELD(bias, SCORES),       FIELD(dbias, SCORES),      FIELD(mask, SCORES),
-    FIELD(dropout_p, DOUBLE),  FIELD(rng, POINTER),
-    FIELD(deterministic, BOOL), FIELD(debug, BOOL),
+    FIELD(bias, SCORES),       FIELD(mask, SCORES),
+    FIELD(dropout_p, DOUBLE),  FIELD(rng, POINTER),       FIELD(deterministic, BOOL),
     FIELD(n_threads, INT64),   FIELD(device_index, INT64), FIELD(stream, POINTER),
+    /* backward */
+    FIELD(dout, TENSOR),       FIELD(dlse, ROWS),
+    FIELD(dq, TENSOR),         FIELD(dk, TENSOR),         FIELD(dv, TENSOR),       FIELD(dbias, SCORES),
+    /* forward, if s_dmask is wanted */
+    FIELD(s_dmask, POINTER),   FIELD(dmask_sq, INT64),    FIELD(dmask_sk, INT64),
 };
 enum { FIELDS = sizeof fields / sizeof *fields };
 
 static const char *const expected[] = {
-    [TENSOR] = "None or a tuple of four ints (ptr, stride_b, stride_s, stride_h)",
+    [TENSOR] = "None or a tuple (address, strides) of a tensor with three or four dimensions",
+    [ROWS] = "None or a tuple (address, strides) of a tensor with two or three dimensions",
     [SCORES] = "None or a tuple of six ints (ptr, dtype, stride_b, stride_h, stride_q, stride_k)",
     [POINTER] = "None or an int (an address)",
     [INT64] = "an int of at most 64 bits",
@@ -62,16 +66,6 @@ static const char *const expected[] = {
     [DOUBLE] = "a float",
     [BOOL] = "a bool",
 };
-
-/* The row called `name`, looked for from row `start` on: keywords in table order cost one comparison each. */
-static int find_field(const char *name, int start)
-{
-    for (int n = 0; n < FIELDS; n++) {
-        int row = start + n < FIELDS ? start + n : start + n - FIELDS;
-        if (strcmp(fields[row].name, name) == 0) return row;
-    }
-    return -1;
-}
 
 /* The readers below return whether they could; a Python error may be set when they could not. */
 
@@ -97,14 +91,17 @@ static bool read_enum(PyObject *value, void *out)
     return true;
 }
 
-static bool read_tensor(PyObject *value, struct fa_tensor *out)
+/* (address, strides), as torch has them: of (b, s, h, channel), or of rows (b, h, s); without b where packed. */
+static bool read_tensor(PyObject *value, bool rows, struct fa_tensor *out)
 {
     if (value == Py_None) return true;
-    return PyTuple_Check(value) && PyTuple_Size(value) == 4
+    PyObject *strides = PyTuple_Check(value) && PyTuple_Size(value) == 2 ? PyTuple_GetItem(value, 1) : NULL;
+    const Py_ssize_t rank = strides && PyTuple_Check(strides) ? PyTuple_Size(strides) - !rows : 0;
+    return (rank == 2 || rank == 3)
         && read_pointer(PyTuple_GetItem(value, 0), &out->ptr)
-        && read_int64(PyTuple_GetItem(value, 1), &out->stride_b)
-        && read_int64(PyTuple_GetItem(value, 2), &out->stride_s)
-        && read_int64(PyTuple_GetItem(value, 3), &out->stride_h);
+        && (rank == 2 || read_int64(PyTuple_GetItem(strides, 0), &out->stride_b))
+        && read_int64(PyTuple_GetItem(strides, rank - 2), rows ? &out->stride_h : &out->stride_s)
+        && read_int64(PyTuple_GetItem(strides, rank - 1), rows ? &out->stride_s : &out->stride_h);
 }
 
 static bool read_scores(PyObject *value, struct fa_scores *out)
@@ -135,7 +132,8 @@ static bool read_field(const struct field *field, PyObject *value, struct fa_par
 {
     void *member = (char *)p + field->offset;
     switch (field->kind) {
-    case TENSOR:  return read_tensor(value, member);
+    case TENSOR:  return read_tensor(value, false, member);
+    case ROWS:    return read_tensor(value, true, member);
     case SCORES:  return read_scores(value, member);
     case POINTER: return read_pointer(value, member);
     case INT64:   return read_int64(value, member);
@@ -146,26 +144,22 @@ static bool read_field(const struct field *field, PyObject *value, struct fa_par
     return false;
 }
 
-/* Fills *p from keywords; values[n] belongs to the n-th name. Returns false with a TypeError set. */
-static bool parse(PyObject *module, PyObject *const *values, PyObject *names, struct fa_params *p)
+/* Fills *p from values in the order of the table. Returns false with a TypeError set. */
+static bool parse(PyObject *module, PyObject *const *values, Py_ssize_t count, struct fa_params *p)
 {
-    Py_ssize_t count = names ? PyTuple_Size(names) : 0;
     memset(p, 0, sizeof *p);
-    for (Py_ssize_t n = 0, row = -1; n < count; n++) {
-        const char *name = PyUnicode_AsUTF8AndSize(PyTuple_GetItem(names, n), NULL);
-        if (!name) return false;
-        row = find_field(name, (int)row + 1);
-        if (row < 0) {
-            PyErr_Format(state_of(module)->type_error, "%s is not a field of a call", name);
-            return false;
-        }
-        if (!read_field(&fields[row], values[n], p)) {
-            PyErr_Clear();
-            PyErr_Format(state_of(module)->type_error, "%s must be %s, got %R",
-                         name, expected[fields[row].kind], values[n]);
-            return false;
-        }
+    if (count > FIELDS) {
+        PyErr_Format(state_of(module)->type_error, "a call has %d fields, got %zd values", FIELDS, count);
+        return false;
     }
+    for (Py_ssize_t n = 0; n < count; n++) {
+        if (read_field(&fields[n], values[n], p)) continue;
+        PyErr_Clear();
+        PyErr_Format(state_of(module)->type_error, "%s must be %s, got %R", fields[n].name, expected[fields[n].kind], values[n]);
+        return false;
+    }
+    const char *debug = p->device == FA_CUDA ? getenv("FLASH_ATTN_DEBUG") : NULL;
+    p->debug = debug && strcmp(debug, "1") == 0;
     return true;
 }
 
@@ -197,19 +191,17 @@ static PyObject *allocate_workspace(PyObject *allocate, int64_t bytes, struct fa
     return owner;
 }
 
-static PyObject *call(enum fa_pass pass, PyObject *module, PyObject *const *args, Py_ssize_t count,
-                      PyObject *names)
+static PyObject *call(enum fa_pass pass, PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     struct fa_params p;
     struct fa_error error;
     PyObject *owner = NULL;
     int64_t bytes;
-    if (count != 1) {
-        PyErr_Format(state_of(module)->type_error,
-                     "takes one positional argument, allocate, and keywords; got %zd positional", count);
+    if (count < 1) {
+        PyErr_SetString(state_of(module)->type_error, "takes allocate and the fields of a call, got nothing");
         return NULL;
     }
-    if (!parse(module, args + count, names, &p)) return NULL;
+    if (!parse(module, args + 1, count - 1, &p)) return NULL;
     enum fa_status status = fa_workspace(pass, &p, &bytes, &error);
     if (status) return raise_status(module, status, &error);
     if (bytes > 0 && !(owner = allocate_workspace(args[0], bytes, &p))) return NULL;
@@ -221,29 +213,28 @@ static PyObject *call(enum fa_pass pass, PyObject *module, PyObject *const *args
     Py_RETURN_NONE;
 }
 
-static PyObject *forward(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject *names)
+static PyObject *forward(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
-    return call(FA_FORWARD, module, args, count, names);
+    return call(FA_FORWARD, module, args, count);
 }
 
-static PyObject *backward(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject *names)
+static PyObject *backward(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
-    return call(FA_BACKWARD, module, args, count, names);
+    return call(FA_BACKWARD, module, args, count);
 }
 
-static PyObject *choose(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject *names)
+static PyObject *choose(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     struct fa_params p;
     struct fa_error why;
     const char *name;
     int pass;
-    if (count != 1 || !read_enum(args[0], &pass)) {
+    if (count < 1 || !read_enum(args[0], &pass)) {
         PyErr_Clear();
-        PyErr_SetString(state_of(module)->type_error,
-                        "choose takes one positional argument, FORWARD or BACKWARD, and keywords");
+        PyErr_SetString(state_of(module)->type_error, "choose takes FORWARD or BACKWARD and the fields of a call");
         return NULL;
     }
-    if (!parse(module, args + count, names, &p)) return NULL;
+    if (!parse(module, args + 1, count - 1, &p)) return NULL;
     enum fa_status status = fa_choose((enum fa_pass)pass, &p, &name, &why);
     if (status && status != FA_UNSUPPORTED) return raise_status(module, status, &why);
     return Py_BuildValue("zs", name, why.text);
@@ -260,15 +251,15 @@ static PyObject *info(PyObject *module, PyObject *unused)
 
 /* ---- the module ---- */
 
-#define KEYWORDS(function) (PyCFunction)(void (*)(void))function, METH_FASTCALL | METH_KEYWORDS
+#define POSITIONAL(function) (PyCFunction)(void (*)(void))function, METH_FASTCALL
 
 static PyMethodDef methods[] = {
-    { "forward", KEYWORDS(forward),
-      "forward(allocate, **fields): attention into out and lse; allocate(bytes) gives scratch." },
-    { "backward", KEYWORDS(backward),
-      "backward(allocate, **fields): gradients into dq, dk and dv, from dout, q, k, v, out and lse." },
-    { "choose", KEYWORDS(choose),
-      "choose(which_pass, **fields): (name of the kernel that would run or None, refusals one a line)." },
+    { "forward", POSITIONAL(forward),
+      "forward(allocate, *values): attention into out and lse; allocate(bytes) gives scratch." },
+    { "backward", POSITIONAL(backward),
+      "backward(allocate, *values): gradients into dq, dk and dv, from dout, q, k, v, out and lse." },
+    { "choose", POSITIONAL(choose),
+      "choose(which_pass, *values): (name of the kernel that would run or None, refusals one a line)." },
     { "info", info, METH_NOARGS, "info(): the machine and the kernel table, as text." },
     { NULL, NULL, 0, NULL },
 };
@@ -301,6 +292,19 @@ static bool add_exceptions(PyObject *module)
                 PyExc_ValueError, PyExc_NotImplementedError));
 }
 
+/* FIELDS: the names of the values of a call, in their order. */
+static bool add_field_names(PyObject *module)
+{
+    PyObject *names = PyTuple_New(FIELDS);
+    for (int n = 0; names && n < FIELDS; n++) {
+        PyObject *name = PyUnicode_FromString(fields[n].name);
+        if (!name || PyTuple_SetItem(names, n, name) < 0) Py_CLEAR(names);
+    }
+    const bool added = names && PyModule_AddObjectRef(module, "FIELDS", names) == 0;
+    Py_XDECREF(names);
+    return added;
+}
+
 static int exec_module(PyObject *module)
 {
     static const struct { const char *name; long value; } constants[] = {
@@ -311,7 +315,7 @@ static int exec_module(PyObject *module)
     };
     for (size_t n = 0; n < sizeof constants / sizeof *constants; n++)
         if (PyModule_AddIntConstant(module, constants[n].name, constants[n].value) < 0) return -1;
-    return add_exceptions(module) ? 0 : -1;
+    return add_field_names(module) && add_exceptions(module) ? 0 : -1;
 }
 
 static int traverse(PyObject *module, visitproc visit, void *arg)

@@ -1,12 +1,11 @@
 """Turns tensors into pointers and strides: the only caller of the extension.
 
-Nothing is validated here: the public functions check types and shapes, the C side checks values. A call costs
-a few microseconds, so the fields of struct fa_params are passed in its order, and what is the same in forward
-and backward is computed by one function. Every output and all scratch is allocated here, by PyTorch, and left
-uninitialised: the kernels write every row.
+Nothing is validated here: the public functions check types and shapes, the C side checks values. A call must
+cost little, so its values go by position, in the order of _C.FIELDS, and tensors are asked once. Every output
+and all scratch is allocated here, by PyTorch, and left uninitialised: the kernels write every row.
 """
 
-import os
+from functools import partial
 from typing import NamedTuple, Optional
 
 import torch
@@ -55,40 +54,35 @@ def draw_rng_state(device):
 
 def forward(q, k, v, operands, options, want_s_dmask=False):
     """(out, lse, s_dmask); s_dmask is None unless wanted."""
-    out, lse = _allocate_results(q, v, operands)
-    fields = _fields(q, k, v, out, lse, operands, options)
+    sizes = _sizes(q, v, operands, options)
+    out, lse = _allocate_results(q, sizes, operands)
+    values = _values(q, k, v, out, lse, sizes, operands, options)
     s_dmask = None
     if want_s_dmask:
-        s_dmask = torch.zeros(_s_dmask_shape(fields), dtype=q.dtype, device=q.device)
-        fields["s_dmask"] = s_dmask.data_ptr()
-        fields["dmask_sq"], fields["dmask_sk"] = s_dmask.shape[2:]
-    _run(_C.forward, fields, q)
+        b, h, _, sq, sk, *_ = sizes
+        s_dmask = torch.zeros(b, h, _padded(sq), _padded(sk), dtype=q.dtype, device=q.device)
+        values += *_NO_GRADIENTS, s_dmask.data_ptr(), _padded(sq), _padded(sk)
+    _C.forward(_scratch(q), *values)
     return out, lse, s_dmask
 
 
 def backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, operands, options):
     """Writes dq, dk and dv, and dbias if wanted. dlse and dbias may be None."""
-    fields = _fields(q, k, v, out, lse, operands, options)
-    fields["dout"] = _tensor(dout)
-    fields["dlse"] = _rows(dlse)
-    fields["dq"], fields["dk"], fields["dv"] = _tensor(dq), _tensor(dk), _tensor(dv)
-    if dbias is not None:
-        fields["dbias"] = _scores(dbias)
-    _run(_C.backward, fields, q)
+    values = _values(q, k, v, out, lse, _sizes(q, v, operands, options), operands, options)
+    _C.backward(_scratch(q), *values, *_gradients(dout, dlse, dq, dk, dv, dbias))
 
 
 def choose(q, k, v, operands, options, want_backward=False):
     """(name of the kernel that the call would take or None, why others refused it)."""
-    out, lse = _allocate_results(q, v, operands)
-    fields = _fields(q, k, v, out, lse, operands, options)
+    sizes = _sizes(q, v, operands, options)
+    out, lse = _allocate_results(q, sizes, operands)
+    values = _values(q, k, v, out, lse, sizes, operands, options)
     if not want_backward:
-        return _C.choose(_C.FORWARD, **fields)
+        return _C.choose(_C.FORWARD, *values)
+    bias = operands.bias
+    dbias = bias_gradient_of(bias) if bias is not None and bias.requires_grad else None
     gradients = [gradient_of(x) for x in (q, k, v)]
-    fields["dout"] = fields["out"]
-    fields["dq"], fields["dk"], fields["dv"] = map(_tensor, gradients)
-    if operands.bias is not None and operands.bias.requires_grad:
-        fields["dbias"] = _scores(bias_gradient_of(operands.bias))
-    return _C.choose(_C.BACKWARD, **fields)
+    return _C.choose(_C.BACKWARD, *values, *_gradients(out, None, *gradients, dbias))
 
 
 def gradient_of(given):
@@ -105,73 +99,66 @@ def bias_gradient_of(bias):
     return empty(bias.shape, dtype=bias.dtype, device=bias.device)
 
 
-def _allocate_results(q, v, operands):
-    lse_dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
-    if operands.cu_seqlens_q is None:
-        b, sq, h, _ = q.shape
-        rows = (b, h, sq)
-    else:
-        total_q, h, _ = q.shape
-        rows = (h, total_q)
-    out = empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
-    return out, empty(rows, dtype=lse_dtype, device=q.device)
-
-
-def _s_dmask_shape(fields):
-    sq, sk = ((rows + 127) // 128 * 128 for rows in (fields["sq"], fields["sk"]))
-    return fields["b"], fields["h"], sq, sk
-
-
-def _fields(q, k, v, out, lse, operands, options):
-    """struct fa_params, in its order."""
-    cu_q, cu_k, seqused_k, alibi, rng, bias, mask = operands
-    max_seqlen_q, max_seqlen_k, scale, softcap, window_left, window_right, dropout_p, deterministic = options
+def _sizes(q, v, operands, options):
+    """(b, h, hk, sq, sk, d, d_v, total_q, total_k) of struct fa_params."""
+    cu_q = operands.cu_seqlens_q
     if cu_q is None:
         b, sq, h, d = q.shape
         _, sk, hk, d_v = v.shape
-        total_q, total_k = b * sq, b * sk
+        return b, h, hk, sq, sk, d, d_v, b * sq, b * sk
+    total_q, h, d = q.shape
+    total_k, hk, d_v = v.shape
+    return cu_q.shape[0] - 1, h, hk, options.max_seqlen_q, options.max_seqlen_k, d, d_v, total_q, total_k
+
+
+def _allocate_results(q, sizes, operands):
+    b, h, _, sq, _, d, d_v, total_q, _ = sizes
+    dtype, device, packed = q.dtype, q.device, operands.cu_seqlens_q is not None
+    if d == d_v and q.is_contiguous():
+        out = empty_like(q)
     else:
-        b, sq, sk = cu_q.shape[0] - 1, max_seqlen_q, max_seqlen_k
-        total_q, h, d = q.shape
-        total_k, hk, d_v = v.shape
-    fields = dict(
-        device=_C.CUDA if q.is_cuda else _C.CPU, dtype=DTYPES[q.dtype],
-        b=b, h=h, hk=hk, sq=sq, sk=sk, d=d, d_v=d_v, total_q=total_q, total_k=total_k,
-        q=_tensor(q), k=_tensor(k), v=_tensor(v), out=_tensor(out), lse=_rows(lse),
-        dout=None, dlse=None, dq=None, dk=None, dv=None,
-        s_dmask=None, dmask_sq=0, dmask_sk=0,
-        cu_q=_pointer(cu_q), cu_k=_pointer(cu_k), seqused_k=_pointer(seqused_k),
-        scale=scale, softcap=softcap, window_left=window_left, window_right=window_right,
-        alibi=_pointer(alibi),
-        alibi_stride_b=alibi.stride(0) if alibi is not None and alibi.dim() == 2 else 0,
-        dropout_p=dropout_p, rng=_pointer(rng), deterministic=deterministic,
-        debug=False, n_threads=get_num_threads(),
-        device_index=q.get_device() if q.is_cuda else 0, stream=None)
-    if bias is not None:
-        fields["bias"] = _scores(bias)
-    if mask is not None:
-        fields["mask"] = _scores(mask)
-    return fields
+        out = empty((total_q, h, d_v) if packed else (b, sq, h, d_v), dtype=dtype, device=device)
+    lse_dtype = torch.float64 if dtype is torch.float64 else torch.float32
+    return out, empty((h, total_q) if packed else (b, h, sq), dtype=lse_dtype, device=device)
+
+
+def _padded(rows):
+    """The rows or columns of s_dmask."""
+    return (rows + 127) // 128 * 128
+
+
+def _values(q, k, v, out, lse, sizes, operands, options):
+    """What describes a call in both passes: the values of _C.FIELDS up to `stream`."""
+    cu_q, cu_k, seqused_k, alibi, rng, bias, mask = operands
+    _, _, scale, softcap, window_left, window_right, dropout_p, deterministic = options
+    on_gpu = q.is_cuda
+    index = q.get_device() if on_gpu else 0
+    return (_C.CUDA if on_gpu else _C.CPU, DTYPES[q.dtype], *sizes,
+            (q.data_ptr(), q.stride()), (k.data_ptr(), k.stride()), (v.data_ptr(), v.stride()),
+            (out.data_ptr(), out.stride()), (lse.data_ptr(), lse.stride()),
+            _pointer(cu_q), _pointer(cu_k), _pointer(seqused_k), scale, softcap, window_left, window_right,
+            _pointer(alibi), alibi.stride(0) if alibi is not None and alibi.dim() == 2 else 0,
+            _scores(bias), _scores(mask), dropout_p, _pointer(rng), deterministic, get_num_threads(), index,
+            _cuda_stream(index) if on_gpu else None)
+
+
+def _gradients(dout, dlse, dq, dk, dv, dbias):
+    """The values of _C.FIELDS behind them."""
+    return _tensor(dout), _tensor(dlse), _tensor(dq), _tensor(dk), _tensor(dv), _scores(dbias)
+
+
+_NO_GRADIENTS = (None,) * 6
 
 
 def _tensor(x):
-    """(pointer, stride_b, stride_s, stride_h) of (b, s, h, d), or of packed (total, h, d) with stride_b =
-    0."""
-    stride = x.stride()
-    return x.data_ptr(), stride[0] if len(stride) == 4 else 0, stride[-3], stride[-2]
-
-
-def _rows(x):
-    """The same of lse, whose indices are (b, h, s), or packed (h, total)."""
-    if x is None:
-        return None
-    stride = x.stride()
-    return x.data_ptr(), stride[0] if len(stride) == 3 else 0, stride[-1], stride[-2]
+    return None if x is None else (x.data_ptr(), x.stride())
 
 
 def _scores(x):
     """(pointer, dtype, stride_b, stride_h, stride_q, stride_k) of a tensor over the scores: stride 0 where it
     has size 1. A mask's dtype does not count."""
+    if x is None:
+        return None
     stride_b, stride_h, stride_q, stride_k = [0 if n == 1 else step for n, step in zip(x.shape, x.stride())]
     return x.data_ptr(), DTYPES.get(x.dtype, 0), stride_b, stride_h, stride_q, stride_k
 
@@ -180,15 +167,11 @@ def _pointer(x):
     return None if x is None else x.data_ptr()
 
 
-def _run(call, fields, q):
-    """Calls the extension: on a GPU in the current stream of q's device, which the C side makes current."""
-    if not q.is_cuda:
-        return call(_host_scratch, **fields)
-    device = q.device
-    fields["debug"] = os.environ.get("FLASH_ATTN_DEBUG") == "1"
-    fields["stream"] = torch._C._cuda_getCurrentRawStream(device.index)
-    return call(lambda nbytes: empty(nbytes, dtype=torch.uint8, device=device), **fields)
+def _cuda_stream(index):
+    """The current stream of that device, as an address."""
+    return torch._C._cuda_getCurrentRawStream(index)
 
 
-def _host_scratch(nbytes):
-    return empty(nbytes, dtype=torch.uint8, device="cpu")
+def _scratch(q):
+    """What allocates scratch beside q."""
+    return partial(empty, dtype=torch.uint8, device=q.device)

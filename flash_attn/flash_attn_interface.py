@@ -175,7 +175,10 @@ def _attention(names, given, dropout_p, softmax_scale, causal, window_size, soft
     bias = operands.bias
     if torch.is_grad_enabled() and (any([x.requires_grad for x in given])
                                     or bias is not None and bias.requires_grad):
-        out, lse, s_dmask = _FlashAttention.apply(operands, options, want_s_dmask, bias, *given)
+        results = _FlashAttention.apply(operands, options, return_attn_probs, want_s_dmask, bias, *given)
+        if not return_attn_probs:
+            return results
+        out, lse, s_dmask = results
     else:
         out, lse, s_dmask = _backend.forward(*_unpack(given), operands, options, want_s_dmask)
     if not return_attn_probs:
@@ -185,20 +188,21 @@ def _attention(names, given, dropout_p, softmax_scale, causal, window_size, soft
 
 class _FlashAttention(torch.autograd.Function):
     """Saves its inputs, out and lse; backward recomputes the scores from them (the paper's algorithm 4).
-    `bias` is the one of the operands: autograd must see it as an argument."""
+    `bias` is the one of the operands: autograd must see it as an argument. A result costs as much as an
+    argument: lse and s_dmask are results only where they are asked for."""
 
     @staticmethod
-    def forward(ctx, operands, options, want_s_dmask, bias, *given):
+    def forward(ctx, operands, options, return_attn_probs, want_s_dmask, bias, *given):
         out, lse, s_dmask = _backend.forward(*_unpack(given), operands, options, want_s_dmask)
         ctx.save_for_backward(out, lse, *operands, *given)
         ctx.options = options
         ctx.set_materialize_grads(False)
         if s_dmask is not None:
             ctx.mark_non_differentiable(s_dmask)
-        return out, lse, s_dmask
+        return (out, lse, s_dmask) if return_attn_probs else out
 
     @staticmethod
-    def backward(ctx, dout, dlse, _):
+    def backward(ctx, dout, dlse=None, _=None):
         if torch.is_grad_enabled():
             raise UnsupportedError("create_graph=True is not supported: second derivatives are not computed. "
                                    "flash_attn.reference.attention has them, in quadratic memory.")
@@ -210,10 +214,10 @@ class _FlashAttention(torch.autograd.Function):
         elif dout.stride(-1) != 1:
             dout = dout.contiguous()
         gradients = [_backend.gradient_of(x) for x in given]
-        dbias = _backend.bias_gradient_of(operands.bias) if ctx.needs_input_grad[3] else None
+        dbias = _backend.bias_gradient_of(operands.bias) if ctx.needs_input_grad[4] else None
         _backend.backward(dout, dlse, *_unpack(given), out, lse, *_unpack(gradients), dbias, operands,
                           ctx.options)
-        return None, None, None, dbias, *gradients
+        return None, None, None, None, dbias, *gradients
 
 
 def _unpack(given):
@@ -231,15 +235,15 @@ def _prepare(names, given, dropout_p, softmax_scale, causal, window_size, softca
     if torch.is_autocast_enabled("cuda" if given[0].is_cuda else "cpu"):
         given = [_autocast(x) for x in given]
     q, k, v = _unpack(given)
-    _check_agreement(names, q, k, v)
+    shape_q, shape_k = _check_agreement(names, q, k, v)
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = packing or (None, None, 0, 0)
-    batch = q.shape[0]
+    batch = shape_q[0]
     if packing:
         batch = _check_packing(cu_seqlens_q, cu_seqlens_k, q.device)
         max_seqlen_q = _integer("max_seqlen_q", max_seqlen_q)
         max_seqlen_k = _integer("max_seqlen_k", max_seqlen_k)
-    elif k.shape[0] != batch:
-        raise ArgumentValueError(f"{names[1]} has a batch of {k.shape[0]}; expected {batch}, the batch of q.")
+    elif shape_k[0] != batch:
+        raise ArgumentValueError(f"{names[1]} has a batch of {shape_k[0]}; expected {batch}, the batch of q.")
     if seqused_k is not None:
         _check_operand("seqused_k", seqused_k, torch.int32, [(batch,)], q.device)
     if alibi_slopes is not None:
@@ -251,7 +255,7 @@ def _prepare(names, given, dropout_p, softmax_scale, causal, window_size, softca
     if attn_bias is not None or attn_mask is not None:
         attn_bias, attn_mask = _prepared_scores(attn_bias, attn_mask, q, k, packing)
     if softmax_scale is None:
-        softmax_scale = max(q.shape[-1], 1) ** -0.5
+        softmax_scale = max(shape_q[-1], 1) ** -0.5
     left, right = _window(window_size)
     deterministic = bool(deterministic) or torch.are_deterministic_algorithms_enabled()
     return (given, Operands(cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, rng_state, attn_bias,
@@ -264,10 +268,10 @@ def _given_tensor(name, x, rank):
     """x, copied if its channels are not contiguous."""
     if not isinstance(x, Tensor):
         raise ArgumentTypeError(f"{name} must be a torch.Tensor; it is a {type(x).__name__}.")
-    parts = len(name)
+    parts, stride = len(name), x.stride()
     if parts > 1:
         rank += 1
-    if x.dim() != rank or (parts > 1 and x.shape[-3] != parts):
+    if len(stride) != rank or (parts > 1 and x.shape[-3] != parts):
         raise ArgumentValueError(f"{name} must have shape {_LAYOUTS[name, rank]}; it has {tuple(x.shape)}.")
     if x.dtype not in _backend.DTYPES:
         raise ArgumentTypeError(f"{name} has dtype {x.dtype}; only float16, bfloat16, float32 and float64 "
@@ -275,7 +279,7 @@ def _given_tensor(name, x, rank):
     if not (x.is_cuda or x.is_cpu):
         raise UnsupportedError(f"{name} is on {x.device}; only cpu and cuda tensors are supported. "
                                f"Move it, for example {name}.cpu().")
-    return x if x.stride()[-1] == 1 else x.contiguous()
+    return x if stride[-1] == 1 else x.contiguous()
 
 
 def _autocast(x):
@@ -292,22 +296,25 @@ _LAYOUTS = {
 
 
 def _check_agreement(names, q, k, v):
-    """k and v against q. In a packed tensor they agree by construction, and the checks cost next to
-    nothing."""
+    """k and v against q, in dtype, device and shape. In a packed tensor they agree by construction, and the
+    checks cost next to nothing. Returns the shape of q and of k."""
     name_k, name_v = names[min(1, len(names) - 1)], names[-1]
+    dtype, device = q.dtype, q.device
     for name, x in (name_k, k), (name_v, v):
-        if x.dtype is not q.dtype:
-            raise ArgumentTypeError(f"{name} has dtype {x.dtype}; expected {q.dtype}, the dtype of q. "
+        if x.dtype is not dtype:
+            raise ArgumentTypeError(f"{name} has dtype {x.dtype}; expected {dtype}, the dtype of q. "
                                     f"Cast it: {name}.to(q.dtype), or call under torch.autocast.")
-        if x.device != q.device:
-            raise ArgumentValueError(f"{name} is on {x.device}; expected {q.device}, the device of q. "
+        if x.device != device:
+            raise ArgumentValueError(f"{name} is on {x.device}; expected {device}, the device of q. "
                                      f"Move it: {name}.to(q.device).")
-    if k.shape[-1] != q.shape[-1]:
-        raise ArgumentValueError(f"{name_k} has a headdim of {k.shape[-1]}; expected {q.shape[-1]}, "
+    shape_q, shape_k, shape_v = q.shape, k.shape, v.shape
+    if shape_k[-1] != shape_q[-1]:
+        raise ArgumentValueError(f"{name_k} has a headdim of {shape_k[-1]}; expected {shape_q[-1]}, "
                                  f"the headdim of q.")
-    if v.shape != k.shape and v.shape[:-1] != k.shape[:-1]:
-        raise ArgumentValueError(f"{name_v} must have shape {(*k.shape[:-1], 'headdim_v')}, as k; "
-                                 f"it has {tuple(v.shape)}.")
+    if shape_v != shape_k and shape_v[:-1] != shape_k[:-1]:
+        raise ArgumentValueError(f"{name_v} must have shape {(*shape_k[:-1], 'headdim_v')}, as k; "
+                                 f"it has {tuple(shape_v)}.")
+    return shape_q, shape_k
 
 
 def _check_packing(cu_seqlens_q, cu_seqlens_k, device):
@@ -408,7 +415,7 @@ def _check_operand(name, x, dtype, shapes, device, contiguous=True):
 
 def _window(window_size):
     """(left, right) as ints; negative is unlimited."""
-    if window_size is None:
+    if window_size is None or (type(window_size) is tuple and window_size == (-1, -1)):
         return -1, -1
     try:
         left, right = window_size

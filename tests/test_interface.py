@@ -280,17 +280,26 @@ def test_autocast_keeps_slopes(device):
 
 def test_only_tensors_with_distant_channels_are_copied(monkeypatch):
     """The kernel gets the caller's own pointers, strided or not."""
-    seen = {}
-    call = flash_attn._backend._C.forward
-    monkeypatch.setattr(flash_attn._backend._C, "forward",
-                        lambda allocate, **fields: (seen.update(fields), call(allocate, **fields)))
+    seen, c = {}, flash_attn._backend._C
+    call = c.forward
+    monkeypatch.setattr(c, "forward", lambda allocate, *values: (seen.update(zip(c.FIELDS, values)), call(allocate, *values)))
     q = torch.randn(2, 4, 20, 8).transpose(1, 2)
     k = torch.randn(2, 20, 4, 16)[..., :8]
     v = torch.randn(2, 20, 8, 4).transpose(2, 3)
     flash_attn.flash_attn_func(q, k, v)
-    assert seen["q"] == (q.data_ptr(), q.stride(0), q.stride(1), q.stride(2))
-    assert seen["k"] == (k.data_ptr(), k.stride(0), k.stride(1), k.stride(2))
+    assert seen["q"] == (q.data_ptr(), q.stride())
+    assert seen["k"] == (k.data_ptr(), k.stride())
     assert seen["v"][0] != v.data_ptr()
+
+
+def test_the_extension_names_a_value_that_is_no_field():
+    c = flash_attn._backend._C
+    with pytest.raises(flash_attn.ArgumentTypeError, match="b must be an int of at most 64 bits"):
+        c.forward(None, c.CPU, c.FLOAT32, 2 ** 63)
+    with pytest.raises(flash_attn.ArgumentTypeError, match="q must be None or a tuple"):
+        c.forward(None, c.CPU, c.FLOAT32, *[1] * (c.FIELDS.index("q") - 2), (0, 1, 2, 3))
+    with pytest.raises(flash_attn.ArgumentTypeError, match="fields"):
+        c.choose(c.FORWARD, *[0] * (len(c.FIELDS) + 1))
 
 
 def test_gradients_take_the_layout_of_their_tensors(device):
