@@ -113,3 +113,15 @@ void fa_cpu_apply_mask(const struct cpu_plan *plan, const struct cpu_rows *rows,
         plan->ops->apply_mask(to, end - r, count, mask_row(t, offset_of(t, rows, r, j0), count, copy), t->stride_q);
     }
 }
+
+void fa_cpu_fill_terms(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, int64_t j0, bool masked,
+                       struct fa_score_terms *terms)
+{
+    const struct fa_scores *bias = &plan->p->bias, *mask = &plan->p->mask;
+    terms->has_bias = bias->ptr;
+    terms->has_mask = masked;
+    terms->dtype = bias->dtype;
+    for (int64_t r = 0; r < m && terms->has_bias; r++)
+        terms->bias[r] = (const char *)bias->ptr + offset_of(bias, rows, row + r, j0) * (int64_t)fa_sizeof(bias->dtype);
+    for (int64_t r = 0; r < m && masked; r++) terms->mask[r] = (const uint8_t *)mask->ptr + offset_of(mask, rows, row + r, j0);
+}

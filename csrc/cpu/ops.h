@@ -27,6 +27,14 @@ struct fa_cpu_blocks { int64_t m, n, strip; };
 /* Where softmax_backward leaves a strip's operands. */
 struct fa_gradients { void *p, *ds, *ds_sum; bool keep_ds; };
 
+/* What else there is to the scores of a strip, one pointer a row: a bias of any dtype but float64, and a mask. */
+struct fa_score_terms {
+    const void *bias[FA_ROW_PAD];
+    const uint8_t *mask[FA_ROW_PAD];
+    enum fa_dtype dtype;
+    bool has_bias, has_mask;
+};
+
 struct fa_cpu_ops {
     const char *isa;
     int64_t nr;                         /* columns of a panel */
@@ -65,14 +73,16 @@ struct fa_cpu_ops {
     void (*softmax_backward)(struct fa_result s, struct fa_result dp, int64_t rows, int64_t n, float scale,
                              const float *lse, const float *delta, const float *z, const float *d, struct fa_gradients t);
 
-    /* gemm and online_softmax in one, gemms and softmax_backward in one, for scores that nothing changes in between; n is a
-     * multiple of `pad`. False: the caller is to take the separate steps instead; of its operands only P may have been written,
-     * and max moved from -inf. NULL where a table has no such thing. */
-    bool (*softmax_of_products)(struct fa_left q, struct fa_right k, int64_t m, int64_t n, int64_t d, float scale, float *max,
-                                float *sum, struct fa_result o, int64_t channels, struct fa_left p);
+    /* gemm and online_softmax in one; gemms and softmax_backward in one: for at most FA_ROW_PAD rows of scores factor (Q K^T) +
+     * terms, n a multiple of `pad`. False: the caller is to take the separate steps instead; of its operands only P may have
+     * been written, and max moved from -inf. NULL where a table has no such thing. With ds that is dS before it is rounded, ld
+     * floats a row as the operands. */
+    bool (*softmax_of_products)(struct fa_left q, struct fa_right k, int64_t m, int64_t n, int64_t d, float factor,
+                                const struct fa_score_terms *terms, float scale, float *max, float *sum, struct fa_result o,
+                                int64_t channels, struct fa_left p);
     bool (*gradients_of_products)(struct fa_left q, struct fa_right k, struct fa_left dout, struct fa_right v, int64_t m, int64_t n,
-                                  int64_t d, int64_t dv, float scale, const float *lse, const float *delta, struct fa_gradients t,
-                                  int64_t ld);
+                                  int64_t d, int64_t dv, float factor, const struct fa_score_terms *terms, float scale,
+                                  const float *lse, const float *delta, float *ds, struct fa_gradients t, int64_t ld);
 
     /* S <- outer tanh(inner S); derivative, if wanted, <- 1 - tanh^2, laid out as S. */
     void (*softcap)(struct fa_result s, int64_t rows, int64_t n, float inner, float outer, float *derivative);

@@ -109,12 +109,33 @@ INLINE vf sums_of_rows(const vf x[TILE])
 }
 
 /* A row of a square. */
-INLINE void probabilities(const float *s, vf scale, float shift, vf *sum, bf16 *p)
+INLINE void probabilities(const float *s, vf factor, float scale, float shift, const struct fa_score_terms *terms, int64_t r,
+                          int64_t j, vf *sum, bf16 *p)
 {
-    const vf p0 = exp2_bf16(vfma(load(s), scale, broadcast(shift)));
-    const vf p1 = exp2_bf16(vfma(load(s + VL), scale, broadcast(shift)));
+    vf p0 = broadcast(shift), p1 = broadcast(shift);
+    if (terms) {
+        const void *bias = terms->has_bias ? terms->bias[r] : NULL;
+        const uint8_t *mask = terms->has_mask ? terms->mask[r] : NULL;
+        p0 = with_terms(p0, scale, bias, terms->dtype, mask, j);
+        p1 = with_terms(p1, scale, bias, terms->dtype, mask, j + VL);
+    }
+    p0 = exp2_bf16(vfma(load(s), factor, p0));
+    p1 = exp2_bf16(vfma(load(s + VL), factor, p1));
     *sum = *sum + (p0 + p1);
     _mm512_storeu_si512(p, round_two(p0, p1));
+}
+
+/* The largest score of a square's row. */
+INLINE float row_max(const float *s, float factor, const struct fa_score_terms *terms, int64_t r)
+{
+    vf s0 = broadcast(0), s1 = broadcast(0);
+    if (terms) {
+        const void *bias = terms->has_bias ? terms->bias[r] : NULL;
+        const uint8_t *mask = terms->has_mask ? terms->mask[r] : NULL;
+        s0 = with_terms(s0, 1, bias, terms->dtype, mask, 0);
+        s1 = with_terms(s1, 1, bias, terms->dtype, mask, VL);
+    }
+    return max_of(vmax(vfma(load(s), broadcast(factor), s0), vfma(load(s + VL), broadcast(factor), s1)));
 }
 
 /* A row whose sum over this block grew too large: P, sum and O down by a power of two, which rounds nothing, the reference up. */
@@ -131,8 +152,9 @@ static void lower_row(float *block, int64_t n, float scale, float *max, float *s
     *max += (float)exponent / scale;
 }
 
-INLINE bool softmax_of_products(const bool two, struct fa_left q, struct fa_right k, int64_t m, int64_t n, int64_t d, float scale,
-                                float *max, float *sum, struct fa_result o, int64_t channels, struct fa_left p)
+INLINE bool softmax_of_products(const bool two, struct fa_left q, struct fa_right k, int64_t m, int64_t n, int64_t d, float factor,
+                                const struct fa_score_terms *terms, float scale, float *max, float *sum, struct fa_result o,
+                                int64_t channels, struct fa_left p)
 {
     float square[2][SQUARE * SQUARE] __attribute__((aligned(64)));
     float shift[SQUARE], block[SQUARE];
@@ -144,7 +166,7 @@ INLINE bool softmax_of_products(const bool two, struct fa_left q, struct fa_righ
     if (first) {                                                /* the largest of a few scores is reference enough */
         product_tile(two, square[0], SQUARE, q.ptr, q.row, k.ptr, b_step, k.panel, steps, false);
         for (int64_t r = 0; r < m; r++)
-            if (max[r] == -__builtin_inff()) max[r] = max_of(vmax(load(square[0] + r * SQUARE), load(square[0] + r * SQUARE + VL)));
+            if (max[r] == -__builtin_inff()) max[r] = row_max(square[0] + r * SQUARE, factor, terms, r);
     }
     for (int64_t r = 0; r < m; r++) {
         shift[r] = -max[r] * scale;
@@ -159,7 +181,8 @@ INLINE bool softmax_of_products(const bool two, struct fa_left q, struct fa_righ
         for (int64_t step = 0; step < steps; step++) {
             if (j < n) product_step(two, (const bf16 *)q.ptr + step * K_STEP, q.row, b + step * b_step, k.panel);
             for (const int64_t end = r + rows < m ? r + rows : m; r < end; r++)
-                probabilities(s + r * SQUARE, broadcast(scale), shift[r], &sums[r], (bf16 *)p.ptr + r * p.row + j - SQUARE);
+                probabilities(s + r * SQUARE, broadcast(factor * scale), scale, shift[r], terms, r, j - SQUARE, &sums[r],
+                              (bf16 *)p.ptr + r * p.row + j - SQUARE);
         }
         if (j < n) store_tiles(two, square[j / SQUARE % 2], SQUARE);
     }
@@ -175,19 +198,24 @@ INLINE bool softmax_of_products(const bool two, struct fa_left q, struct fa_righ
     return true;
 }
 
-static bool softmax_of_products_amx(struct fa_left q, struct fa_right k, int64_t m, int64_t n, int64_t d, float scale, float *max,
-                                    float *sum, struct fa_result o, int64_t channels, struct fa_left p)
+static bool softmax_of_products_amx(struct fa_left q, struct fa_right k, int64_t m, int64_t n, int64_t d, float factor,
+                                    const struct fa_score_terms *terms, float scale, float *max, float *sum, struct fa_result o,
+                                    int64_t channels, struct fa_left p)
 {
-    return m > TILE ? softmax_of_products(true, q, k, m, n, d, scale, max, sum, o, channels, p)
-                    : softmax_of_products(false, q, k, m, n, d, scale, max, sum, o, channels, p);
+    if (terms->has_bias || terms->has_mask)
+        return m > TILE ? softmax_of_products(true, q, k, m, n, d, factor, terms, scale, max, sum, o, channels, p)
+                        : softmax_of_products(false, q, k, m, n, d, factor, terms, scale, max, sum, o, channels, p);
+    return m > TILE ? softmax_of_products(true, q, k, m, n, d, factor, NULL, scale, max, sum, o, channels, p)
+                    : softmax_of_products(false, q, k, m, n, d, factor, NULL, scale, max, sum, o, channels, p);
 }
 
 INLINE bool gradients_of_products(const bool two, struct fa_left q, struct fa_right k, struct fa_left dout, struct fa_right v,
-                                  int64_t m, int64_t n, int64_t d, int64_t dv, float scale, const float *lse, const float *delta,
-                                  struct fa_gradients t, int64_t ld)
+                                  int64_t m, int64_t n, int64_t d, int64_t dv, float factor, const struct fa_score_terms *terms,
+                                  float scale, const float *lse, const float *delta, float *ds, struct fa_gradients t, int64_t ld)
 {
     float squares[2][2][SQUARE * SQUARE] __attribute__((aligned(64)));      /* [which][S, dP] */
     const int64_t s_steps = (d + K_STEP - 1) / K_STEP, steps = s_steps + (dv + K_STEP - 1) / K_STEP;
+    const int64_t bias_size = terms && terms->dtype != FA_FLOAT32 ? 2 : 4;
     for (int64_t r = 0; r < m; r++)
         if (!(__builtin_fabsf(lse[r] * scale) < EXACT_FROM) && lse[r] != __builtin_inff()) return false;
     __asm__ volatile("" ::: "memory");                          /* tile loads do not tell the compiler what they read */
@@ -209,11 +237,16 @@ INLINE bool gradients_of_products(const bool two, struct fa_left q, struct fa_ri
             }
             for (const int64_t end = r + rows < m ? r + rows : m; r < end; r += 2) {
                 struct gradient_row row[2];
-                for (int64_t i = 0; i < 2; i++)
+                for (int64_t i = 0; i < 2; i++) {
                     row[i] = gradient_row_at((struct fa_result){ before[0], SQUARE }, (struct fa_result){ before[1], SQUARE }, r + i, m, scale,
                                              lse, delta);
+                    if (terms && terms->has_bias) row[i].bias = (const char *)terms->bias[r + i < m ? r + i : r] + (j - SQUARE) * bias_size, row[i].dtype = terms->dtype;
+                    if (terms && terms->has_mask) row[i].mask = terms->mask[r + i < m ? r + i : r] + j - SQUARE;
+                    if (ds && r + i < m) row[i].ds = ds + (r + i) * ld + j - SQUARE;
+                }
                 const int64_t at = r / K_STEP * K_STEP * ld + r % K_STEP / 2 * K_STEP + (j - SQUARE) / TILE * TILE_ELEMENTS;
-                two_rows(false, false, row, SQUARE, scale, (bf16 *)t.p + at, (bf16 *)t.ds + r * ld + j - SQUARE, ld, (bf16 *)t.ds_sum + at);
+                two_rows(false, terms, row, SQUARE, factor * scale, scale, (bf16 *)t.p + at, (bf16 *)t.ds + r * ld + j - SQUARE, ld,
+                         (bf16 *)t.ds_sum + at);
             }
         }
     }
@@ -222,11 +255,14 @@ INLINE bool gradients_of_products(const bool two, struct fa_left q, struct fa_ri
 }
 
 static bool gradients_of_products_amx(struct fa_left q, struct fa_right k, struct fa_left dout, struct fa_right v, int64_t m, int64_t n,
-                                      int64_t d, int64_t dv, float scale, const float *lse, const float *delta, struct fa_gradients t,
-                                      int64_t ld)
+                                      int64_t d, int64_t dv, float factor, const struct fa_score_terms *terms, float scale,
+                                      const float *lse, const float *delta, float *ds, struct fa_gradients t, int64_t ld)
 {
-    return m > TILE ? gradients_of_products(true, q, k, dout, v, m, n, d, dv, scale, lse, delta, t, ld)
-                    : gradients_of_products(false, q, k, dout, v, m, n, d, dv, scale, lse, delta, t, ld);
+    if (terms->has_bias || terms->has_mask)
+        return m > TILE ? gradients_of_products(true, q, k, dout, v, m, n, d, dv, factor, terms, scale, lse, delta, ds, t, ld)
+                        : gradients_of_products(false, q, k, dout, v, m, n, d, dv, factor, terms, scale, lse, delta, ds, t, ld);
+    return m > TILE ? gradients_of_products(true, q, k, dout, v, m, n, d, dv, factor, NULL, scale, lse, delta, NULL, t, ld)
+                    : gradients_of_products(false, q, k, dout, v, m, n, d, dv, factor, NULL, scale, lse, delta, NULL, t, ld);
 }
 
 /* ------------------------------------------------------------------------------------------------------ the unit */

@@ -240,12 +240,27 @@ INLINE __m512i interleave_halves(__m512i x)
     return _mm512_permutexvar_epi16(order, x);
 }
 
-struct gradient_row { const float *s; float *dp; const float *z, *d; float lse, shift, delta; bool keep_ds; };
+struct gradient_row {
+    const float *s, *dp, *z, *d;
+    float lse, shift, delta;
+    float *ds;                                                  /* where dS goes before it is rounded, or NULL */
+    const void *bias;
+    enum fa_dtype dtype;
+    const uint8_t *mask;
+};
 
-INLINE vf gradient_of(const struct gradient_row *row, bool exact, bool modified, int64_t j, float scale, vf *kept)
+/* A score's exponent before its row's shift: with its bias, and where the mask hides it -inf. */
+INLINE vf with_terms(vf x, float scale, const void *bias, enum fa_dtype dtype, const uint8_t *mask, int64_t j)
+{
+    if (bias) x = vfma(load_as(bias, dtype, j), broadcast(scale), x);
+    return mask ? (vf)_mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), _mm_test_epi8_mask(_mm_loadu_si128((const __m128i *)(mask + j)), _mm_set1_epi8(-1)), (__m512)x) : x;
+}
+
+INLINE vf gradient_of(const struct gradient_row *row, bool exact, bool modified, int64_t j, float factor, float scale, vf *kept)
 {
     const vf s = load(row->s + j), c = broadcast(scale);
-    vf p = exp2_bf16(exact ? vmin(broadcast(0), (s - broadcast(row->lse)) * c) : vfma(s, c, broadcast(row->shift)));
+    const vf shift = modified && !exact ? with_terms(broadcast(row->shift), scale, row->bias, row->dtype, row->mask, j) : broadcast(row->shift);
+    vf p = exp2_bf16(exact ? vmin(broadcast(0), (s - broadcast(row->lse)) * c) : vfma(s, broadcast(factor), shift));
     vf g = load(row->dp + j);
     *kept = p;
     if (modified && row->z) {
@@ -254,17 +269,17 @@ INLINE vf gradient_of(const struct gradient_row *row, bool exact, bool modified,
         *kept = p * mask;
     }
     g = (g - broadcast(row->delta)) * p;
-    if (modified && row->keep_ds) store(row->dp + j, g);
+    if (modified && row->ds) store(row->ds + j, g);
     if (modified && row->d) g = g * load(row->d + j);
     return g;
 }
 
-INLINE void two_rows(const bool exact, const bool modified, const struct gradient_row row[2], int64_t n, float scale, bf16 *p,
-                     bf16 *ds, int64_t ds_row, bf16 *ds_sum)
+INLINE void two_rows(const bool exact, const bool modified, const struct gradient_row row[2], int64_t n, float factor, float scale,
+                     bf16 *p, bf16 *ds, int64_t ds_row, bf16 *ds_sum)
 {
     for (int64_t j = 0; j < n; j += VL, p += TILE_ELEMENTS, ds_sum += TILE_ELEMENTS) {
         vf kept[2], g[2];
-        for (int i = 0; i < 2; i++) g[i] = gradient_of(&row[i], exact, modified, j, scale, &kept[i]);
+        for (int i = 0; i < 2; i++) g[i] = gradient_of(&row[i], exact, modified, j, factor, scale, &kept[i]);
         const __m512i both = round_two(g[0], g[1]);
         _mm512_storeu_si512(p, interleave_halves(round_two(kept[0], kept[1])));
         _mm512_storeu_si512(ds_sum, interleave_halves(both));
@@ -306,14 +321,14 @@ static void softmax_backward_bf16(struct fa_result s, struct fa_result dp, int64
             row[i] = gradient_row_at(s, dp, r + i, rows, scale, lse, delta);
             row[i].z = z ? z + at * s.row : NULL;
             row[i].d = d ? d + at * s.row : NULL;
-            row[i].keep_ds = t.keep_ds && r + i < rows;
+            row[i].ds = t.keep_ds && r + i < rows ? dp.ptr + at * dp.row : NULL;
             exact |= !(__builtin_fabsf(row[i].shift) < EXACT_FROM) && row[i].lse != __builtin_inff();
         }
         const int64_t tile_row = r / K_STEP * K_STEP * s.row + r % K_STEP / 2 * K_STEP;
         bf16 *p = (bf16 *)t.p + tile_row, *ds_sum = (bf16 *)t.ds_sum + tile_row, *ds = (bf16 *)t.ds + r * s.row;
-        if (exact) two_rows(true, true, row, n, scale, p, ds, s.row, ds_sum);
-        else if (z || d || t.keep_ds) two_rows(false, true, row, n, scale, p, ds, s.row, ds_sum);
-        else two_rows(false, false, row, n, scale, p, ds, s.row, ds_sum);
+        if (exact) two_rows(true, true, row, n, scale, scale, p, ds, s.row, ds_sum);
+        else if (z || d || t.keep_ds) two_rows(false, true, row, n, scale, scale, p, ds, s.row, ds_sum);
+        else two_rows(false, false, row, n, scale, scale, p, ds, s.row, ds_sum);
     }
     clear_pairs(t, rows, n, s.row);
 }

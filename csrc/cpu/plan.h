@@ -33,7 +33,7 @@ struct cpu_plan {
     float exponent_scale;               /* P = exp2(exponent_scale (score - ...)) */
     bool scale_first;                   /* scores are multiplied by `scale` before anything else */
     float bias_factor;                  /* or as the bias is added: by this */
-    bool is_plain;                      /* no score is changed between product and softmax, but where a key is hidden */
+    bool is_plain;                      /* nothing comes between product and softmax but what fa_score_terms say */
     uint64_t seed, offset;              /* dropout */
     int keep256;
     struct cpu_sums *before;            /* (b,) sums over the sequences before each */
@@ -94,8 +94,12 @@ struct cpu_view fa_cpu_view(const struct cpu_plan *plan, const struct cpu_rows *
  * j0 .. j0 + view.count, padded to n. `derivative` (softcap only) is optional. */
 void fa_cpu_modify_scores(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, struct fa_result s,
                           int64_t j0, struct cpu_view view, float *derivative);
-/* How many of a view's columns, from the first on and in multiples of `pad`, need none of it: all the rows see all of them. */
-int64_t fa_cpu_plain_columns(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, int64_t j0, struct cpu_view view);
+/* How many of a view's columns, from the first on and in multiples of `pad`, need no more than terms, which it fills in: all the
+ * rows see all of them, but for what mask and bias hide. */
+int64_t fa_cpu_plain_columns(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, int64_t j0,
+                             struct cpu_view view, struct fa_score_terms *terms);
+void fa_cpu_fill_terms(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, int64_t j0, bool masked,
+                       struct fa_score_terms *terms);
 void fa_cpu_add_bias(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, struct fa_result s,
                      int64_t j0, int64_t count);
 void fa_cpu_apply_mask(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, struct fa_result s,
