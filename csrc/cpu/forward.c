@@ -136,13 +136,14 @@ static void attend(const struct forward *job, int64_t thread, int64_t index)
     memset(t.o, 0, (size_t)(4 * rows.count * plan->dv_row));
     fa_wait_for(&job->packed[item.b * plan->p->hk + item.kv_head], (int32_t)fa_blocks(item.seq.sk, most));
 
+    const int64_t strip_rows = plan->ops->softmax_of_products ? FA_ROW_PAD : plan->block.strip;
     int64_t first = 0, step;                                    /* rows before see none of the keys from j0 on */
     for (int64_t j0 = rows.hull.first / KEY_ALIGN * KEY_ALIGN; j0 < rows.hull.last; j0 += step) {
         while (causal_run && rows.keys[first].last <= j0) first++;
         const bool diagonal = plan->block.strip == plan->block.m && rows.keys[first].last < j0 + most;
         step = diagonal ? KEY_ALIGN : most;                     /* small steps along the diagonal, or narrower strips */
         for (int64_t row = first, m; row < rows.count; row += m) {
-            m = rows.count - row < plan->block.strip ? rows.count - row : plan->block.strip;
+            m = rows.count - row < strip_rows ? rows.count - row : strip_rows;
             const int64_t left = (causal_run ? rows.keys[row + m - 1].last : rows.hull.last) - j0;
             const struct cpu_view view = fa_cpu_view(plan, &rows, row, m, j0, left < step ? left : step);
             if (view.count > 0) strip(job, &t, &rows, row, m, key, j0, view, max, sum);      /* else mask or bias hide it */
