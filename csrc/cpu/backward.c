@@ -280,7 +280,7 @@ static void differentiate(const struct backward *job, int64_t thread, int64_t in
     const struct cpu_item item = fa_cpu_key_item(plan, index);
     const int64_t n = plan->block.n, j0 = item.block * n, left = item.seq.sk - j0, count = left < n ? left : n;
     const int64_t row_blocks = fa_blocks(plan->group * item.seq.sq, plan->block.m);
-    load_keys(job, &t, &item, count);
+    load_keys(job, &t, &item, fa_cpu_used_keys(plan, &item, j0, count));
     const int64_t cleared = plan->ops->pack_columns ? plan->s_row : count;
     memset(t.dk, 0, (size_t)(4 * cleared * plan->d_row));
     memset(t.dv, 0, (size_t)(4 * cleared * plan->dv_row));

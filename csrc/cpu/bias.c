@@ -2,7 +2,8 @@
  *
  * Both are read where the caller has them: a bias costs one fused multiply-add a score, a mask one byte a score. Before a tile
  * is computed its mask is looked at: columns that nobody sees are cut off its end, and a tile of none is not computed, nor is
- * one whose bias is all -inf. A padding mask, the same for all rows, is looked at once a tile. */
+ * one whose bias is all -inf. A padding mask, the same for all rows, is looked at once a tile, and keys at the end of a block that
+ * it hides are not turned into operands. */
 #include <math.h>
 #include <string.h>
 
@@ -84,6 +85,17 @@ struct cpu_view fa_cpu_view(const struct cpu_plan *plan, const struct cpu_rows *
     if (p->mask.ptr) view = view_of_mask(&p->mask, rows, row, m, j0, count);
     if (p->bias.ptr && view.count > 0 && is_hidden_tile(&p->bias, rows, row, m, j0, view.count)) view.count = 0;
     return view;
+}
+
+int64_t fa_cpu_used_keys(const struct cpu_plan *plan, const struct cpu_item *item, int64_t j0, int64_t count)
+{
+    const struct fa_scores *t = &plan->p->mask;
+    if (!t->ptr || t->stride_q) return count;
+    const uint8_t *mask = (const uint8_t *)t->ptr + item->b * t->stride_b + item->kv_head * plan->group * t->stride_h + j0 * t->stride_k;
+    for (; count > 0; count--)
+        for (int64_t head = 0; head < (t->stride_h ? plan->group : 1); head++)
+            if (mask[head * t->stride_h + (count - 1) * t->stride_k]) return count;
+    return 0;
 }
 
 void fa_cpu_add_bias(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, struct fa_result s,

@@ -131,6 +131,11 @@ static void pass_rows(const struct cpu_dbias *g, const struct cpu_rows *rows, in
     const struct fa_scores *t = &g->plan->p->dbias;
     const int64_t ahead = 4 * g->stride_q;                      /* rows lie pages apart */
     for (int64_t r = 0; r < rows->count; r++) {
+        if (all == 1 && count == width) {                       /* nothing to add to */
+            store_row(g, rows->b * t->stride_b + rows->head[r] * t->stride_h + rows->i[r] * t->stride_q + j0 * t->stride_k,
+                      ds.ptr + r * ds.row, width);
+            continue;
+        }
         float total[MOST_KEYS], *sums = g->sums + rows->b * g->stride_b + rows->head[r] * g->stride_h + rows->i[r] * g->stride_q + j0;
         const float *from = ds.ptr + r * ds.row;
         for (int64_t j = 0; before > 0 && r + 4 < rows->count && j < width; j += 16) __builtin_prefetch(sums + ahead + j, 1);

@@ -70,7 +70,8 @@ static void pack_keys(const struct forward *job, int64_t thread, int64_t index)
     const struct cpu_plan *plan = &job->plan;
     const struct fa_params *p = plan->p;
     const struct cpu_item item = fa_cpu_key_item(plan, index);
-    const int64_t j0 = item.block * plan->block.n, left = item.seq.sk - j0, count = left < plan->block.n ? left : plan->block.n;
+    const int64_t j0 = item.block * plan->block.n, left = item.seq.sk - j0;
+    const int64_t count = fa_cpu_used_keys(plan, &item, j0, left < plan->block.n ? left : plan->block.n);
     const int64_t key = first_key(plan, &item) + j0, size = (int64_t)fa_sizeof(p->dtype);
     const char *k = (char *)p->k.ptr + size * fa_offset(&p->k, item.b, item.seq.k0, j0, item.kv_head);
     const char *v = (char *)p->v.ptr + size * fa_offset(&p->v, item.b, item.seq.k0, j0, item.kv_head);
@@ -141,7 +142,8 @@ static void attend(const struct forward *job, int64_t thread, int64_t index)
     for (int64_t j0 = rows.hull.first / KEY_ALIGN * KEY_ALIGN; j0 < rows.hull.last; j0 += step) {
         while (causal_run && rows.keys[first].last <= j0) first++;
         const bool diagonal = plan->block.strip == plan->block.m && rows.keys[first].last < j0 + most;
-        step = diagonal ? KEY_ALIGN : most;                     /* small steps along the diagonal, or narrower strips */
+        step = diagonal ? KEY_ALIGN : plan->p->mask.ptr ? most - j0 % most : most;      /* small steps along the diagonal, or narrower
+                                                                 * strips; of a block that a mask cuts short its end is no operand */
         for (int64_t row = first, m; row < rows.count; row += m) {
             m = rows.count - row < strip_rows ? rows.count - row : strip_rows;
             const int64_t left = (causal_run ? rows.keys[row + m - 1].last : rows.hull.last) - j0;

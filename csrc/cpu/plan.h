@@ -89,6 +89,9 @@ static inline void *fa_cpu_row_at(const struct cpu_plan *plan, const struct cpu_
 struct cpu_view { int64_t count; bool masked; };
 struct cpu_view fa_cpu_view(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, int64_t j0, int64_t count);
 
+/* How many of the keys j0 .. j0 + count of an item's head are operands at all: a mask that is the same for all rows hides the others. */
+int64_t fa_cpu_used_keys(const struct cpu_plan *plan, const struct cpu_item *item, int64_t j0, int64_t count);
+
 /* Every change of a score between Q K^T and the softmax, in the order of DESIGN's equations: scale, softcap, ALiBi, bias,
  * then -inf for each key that its row does not see. Rows of s are `row` .. `row + m` of the block, columns are the keys
  * j0 .. j0 + view.count, padded to n. `derivative` (softcap only) is optional. */
