@@ -55,6 +55,9 @@ struct fa_cpu_ops {
     /* dst (n,) of dtype <- factor * src (n,). */
     void (*store_row)(void *dst, enum fa_dtype dtype, const float *src, int64_t n, float factor);
 
+    /* dst (rows, stride) of dtype <- src (rows, n), past the caches: for what is larger than they are. */
+    void (*stream_rows)(void *dst, enum fa_dtype dtype, int64_t stride, struct fa_result src, int64_t rows, int64_t n);
+
     /* C (m, n) = A (m, k) B (k, n), or += if accumulate; n and k are multiples of `pad`, but fp32's k is any. */
     void (*gemm)(struct fa_result c, struct fa_left a, struct fa_right b, int64_t m, int64_t n, int64_t k, bool accumulate);
     /* Sums (keys, channels) += P^T X over the rows of a block; p as softmax_backward left it, X of load_rows or pack_columns
@@ -97,6 +100,8 @@ struct fa_cpu_ops {
     /* Of two rows of left operands. */
     float (*dot)(const void *x, const void *y, int64_t n);
     float (*sum)(const float *x, int64_t n);
+    /* to (n,) <- x + y; n is any, and to may be either. */
+    void (*add_row)(float *to, const float *x, const float *y, int64_t n);
 
     /* z (16, 16) <- 0 or kept, the dropout mask of one piece of S. */
     void (*dropout_piece)(float *z, uint64_t seed, uint64_t offset, uint32_t batch_head, uint32_t piece_i, uint32_t piece_j,

@@ -345,9 +345,9 @@ static float dot_bf16(const void *left, const void *right, int64_t n)
     {                                                                                                                    \
         .isa = name, .nr = TILE, .element = 2, .pad = K_STEP, .row_panel = TILE_ELEMENTS,                                \
         .load_rows = load_rows_bf16, .load_right = load_right_bf16, .pack_transposed = pack_transposed_bf16,             \
-        .pack_columns = pack_columns, .store_row = store_row, .gemm = gemm_bf16, .sum_rows = sum_rows_bf16,              \
+        .pack_columns = pack_columns, .store_row = store_row, .stream_rows = stream_rows, .gemm = gemm_bf16, .sum_rows = sum_rows_bf16,              \
         .store_sums = store_sums_bf16, .online_softmax = online_softmax_bf16, .softmax_backward = softmax_backward_bf16, \
         .softcap = softcap, .scale = scale_rows, .alibi_row = alibi_row, .multiply = multiply, .add_bias = add_bias,    \
-        .apply_mask = apply_mask, .dot = dot_bf16, .sum = sum, .dropout_piece = dropout_piece,                           \
+        .apply_mask = apply_mask, .dot = dot_bf16, .sum = sum, .add_row = add_row, .dropout_piece = dropout_piece,       \
         __VA_ARGS__                                                                                                      \
     }
