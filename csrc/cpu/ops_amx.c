@@ -94,6 +94,7 @@ static void gemm_bf16(struct fa_result c, struct fa_left a, struct fa_right b, i
  * units turn the one before it into P, a few rows between two steps of the product. */
 enum { SQUARE = 2 * TILE };
 
+enum { MOST_CHANNELS = 192 };           /* d + dv: with more the products of backward are better off alone */
 static const float MOST_SUM = 0x1p10f;                          /* over a block: beyond it the reference follows */
 static const float MOST_SHIFT = 0x1p12f;                        /* as a power of two: its rounding is to be nothing */
 
@@ -108,6 +109,24 @@ INLINE vf sums_of_rows(const vf x[TILE])
     return sum;
 }
 
+/* Row r's terms from column j on: rows lie pages apart, and a square takes only a line of each. */
+INLINE void prefetch_terms(const struct fa_score_terms *terms, int64_t r, int64_t j)
+{
+    if (terms->has_mask) __builtin_prefetch(terms->mask[r] + j);
+    if (!terms->has_bias) return;
+    const int64_t size = terms->dtype == FA_FLOAT32 ? 4 : 2;
+    __builtin_prefetch((const char *)terms->bias[r] + j * size);
+    if (size == 4) __builtin_prefetch((const char *)terms->bias[r] + j * size + 64);
+}
+
+enum { TERMS_AHEAD = 2 * SQUARE };      /* columns */
+
+static void prefetch_first_terms(const struct fa_score_terms *terms, int64_t m)
+{
+    for (int64_t j = 0; j < TERMS_AHEAD; j += SQUARE)
+        for (int64_t r = 0; r < m; r++) prefetch_terms(terms, r, j);
+}
+
 /* A row of a square. */
 INLINE void probabilities(const float *s, vf factor, float scale, float shift, const struct fa_score_terms *terms, int64_t r,
                           int64_t j, vf *sum, bf16 *p)
@@ -116,6 +135,7 @@ INLINE void probabilities(const float *s, vf factor, float scale, float shift, c
     if (terms) {
         const void *bias = terms->has_bias ? terms->bias[r] : NULL;
         const uint8_t *mask = terms->has_mask ? terms->mask[r] : NULL;
+        prefetch_terms(terms, r, j + TERMS_AHEAD);
         p0 = with_terms(p0, scale, bias, terms->dtype, mask, j);
         p1 = with_terms(p1, scale, bias, terms->dtype, mask, j + VL);
     }
@@ -161,6 +181,7 @@ INLINE bool softmax_of_products(const bool two, struct fa_left q, struct fa_righ
     vf sums[SQUARE] = {{0}};
     const int64_t steps = (d + K_STEP - 1) / K_STEP, b_step = K_STEP * k.row;
     bool first = false;
+    if (terms) prefetch_first_terms(terms, m);
     for (int64_t r = 0; r < m; r++) first |= max[r] == -__builtin_inff();
     __asm__ volatile("" ::: "memory");                          /* tile loads do not tell the compiler what they read */
     if (first) {                                                /* the largest of a few scores is reference enough */
@@ -215,6 +236,7 @@ INLINE bool gradients_of_products(const bool two, struct fa_left q, struct fa_ri
 {
     float squares[2][2][SQUARE * SQUARE] __attribute__((aligned(64)));      /* [which][S, dP] */
     const int64_t s_steps = (d + K_STEP - 1) / K_STEP, steps = s_steps + (dv + K_STEP - 1) / K_STEP;
+    if (terms) prefetch_first_terms(terms, m);
     const int64_t bias_size = terms && terms->dtype != FA_FLOAT32 ? 2 : 4;
     for (int64_t r = 0; r < m; r++)
         if (!(__builtin_fabsf(lse[r] * scale) < EXACT_FROM) && lse[r] != __builtin_inff()) return false;
@@ -240,8 +262,10 @@ INLINE bool gradients_of_products(const bool two, struct fa_left q, struct fa_ri
                 for (int64_t i = 0; i < 2; i++) {
                     row[i] = gradient_row_at((struct fa_result){ before[0], SQUARE }, (struct fa_result){ before[1], SQUARE }, r + i, m, scale,
                                              lse, delta);
-                    if (terms && terms->has_bias) row[i].bias = (const char *)terms->bias[r + i < m ? r + i : r] + (j - SQUARE) * bias_size, row[i].dtype = terms->dtype;
-                    if (terms && terms->has_mask) row[i].mask = terms->mask[r + i < m ? r + i : r] + j - SQUARE;
+                    const int64_t at = r + i < m ? r + i : r;
+                    if (terms) prefetch_terms(terms, at, j - SQUARE + TERMS_AHEAD);
+                    if (terms && terms->has_bias) row[i].bias = (const char *)terms->bias[at] + (j - SQUARE) * bias_size, row[i].dtype = terms->dtype;
+                    if (terms && terms->has_mask) row[i].mask = terms->mask[at] + j - SQUARE;
                     if (ds && r + i < m) row[i].ds = ds + (r + i) * ld + j - SQUARE;
                 }
                 const int64_t at = r / K_STEP * K_STEP * ld + r % K_STEP / 2 * K_STEP + (j - SQUARE) / TILE * TILE_ELEMENTS;
@@ -258,6 +282,7 @@ static bool gradients_of_products_amx(struct fa_left q, struct fa_right k, struc
                                       int64_t d, int64_t dv, float factor, const struct fa_score_terms *terms, float scale,
                                       const float *lse, const float *delta, float *ds, struct fa_gradients t, int64_t ld)
 {
+    if (d + dv > MOST_CHANNELS) return false;
     if (terms->has_bias || terms->has_mask)
         return m > TILE ? gradients_of_products(true, q, k, dout, v, m, n, d, dv, factor, terms, scale, lse, delta, ds, t, ld)
                         : gradients_of_products(false, q, k, dout, v, m, n, d, dv, factor, terms, scale, lse, delta, ds, t, ld);
