@@ -212,9 +212,9 @@ static void strip(const struct backward *job, const struct scratch *t, const str
                                fa_operand(plan, t->to.ds_sum, row * ld), keep_ds };
     struct fa_result s = { t->s + at, ld }, dp = { t->dp + at, ld };
     const float *lse = job->lse + first + row, *delta = job->delta + first + row;
-    struct fa_score_terms terms;
+    struct cpu_terms terms;
     const int64_t plain = ops->gradients_of_products ? fa_cpu_plain_columns(plan, rows, row, m, j0, view, &terms) : 0;
-    if (plain > 0 && ops->gradients_of_products(q, k, dout, v, m, plain, plan->p->d, plan->p->d_v, plan->bias_factor, &terms,
+    if (plain > 0 && ops->gradients_of_products(q, k, dout, v, m, plain, plan->p->d, plan->p->d_v, plan->bias_factor, &terms.rows,
                                                 plan->exponent_scale, lse, delta, keep_ds ? dp.ptr : NULL, to, ld)) {
         if (plain == view.count) return;
         k.ptr = fa_operand(plan, k.ptr, plain * plan->d_pad), v.ptr = fa_operand(plan, v.ptr, plain * plan->dv_pad);

@@ -126,14 +126,19 @@ void fa_cpu_apply_mask(const struct cpu_plan *plan, const struct cpu_rows *rows,
     }
 }
 
-void fa_cpu_fill_terms(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, int64_t j0, bool masked,
-                       struct fa_score_terms *terms)
+void fa_cpu_fill_terms(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, int64_t j0, int64_t count,
+                       bool masked, struct cpu_terms *terms)
 {
     const struct fa_scores *bias = &plan->p->bias, *mask = &plan->p->mask;
-    terms->has_bias = bias->ptr;
-    terms->has_mask = masked;
-    terms->dtype = bias->dtype;
-    for (int64_t r = 0; r < m && terms->has_bias; r++)
-        terms->bias[r] = (const char *)bias->ptr + offset_of(bias, rows, row + r, j0) * (int64_t)fa_sizeof(bias->dtype);
-    for (int64_t r = 0; r < m && masked; r++) terms->mask[r] = (const uint8_t *)mask->ptr + offset_of(mask, rows, row + r, j0);
+    const bool side_by_side = bias->stride_k == 1 && bias->dtype != FA_FLOAT64;
+    terms->rows.has_bias = bias->ptr;
+    terms->rows.has_mask = masked;
+    terms->rows.dtype = side_by_side ? bias->dtype : FA_FLOAT32;
+    for (int64_t r = 0; r < m && bias->ptr; r++) {
+        const int64_t at = offset_of(bias, rows, row + r, j0);
+        terms->rows.bias[r] = side_by_side ? (const char *)bias->ptr + at * (int64_t)fa_sizeof(bias->dtype) : (const char *)terms->bias[r];
+        for (int64_t j = 0; j < count && !side_by_side; j++) terms->bias[r][j] = (float)fa_load(bias->dtype, bias->ptr, at + j * bias->stride_k);
+    }
+    for (int64_t r = 0; r < m && masked; r++)
+        terms->rows.mask[r] = mask_row(mask, offset_of(mask, rows, row + r, j0), count, terms->mask[r]);
 }

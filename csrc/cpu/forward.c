@@ -104,9 +104,9 @@ static void strip(const struct forward *job, const struct scratch *t, const stru
     const struct fa_left q = { fa_operand(plan, t->q, row * plan->d_row), plan->d_row }, p = { t->p, ld };
     const struct fa_right k = { fa_operand(plan, job->k_panels, (key + j0) * plan->d_pad), ops->nr, ops->nr * plan->d_pad };
     const struct fa_right v = { fa_operand(plan, job->v_rows, (key + j0) * plan->dv_right), plan->dv_right, ops->row_panel };
-    struct fa_score_terms terms;
+    struct cpu_terms terms;
     const int64_t plain = ops->softmax_of_products ? fa_cpu_plain_columns(plan, rows, row, m, j0, view, &terms) : 0;
-    if (plain > 0 && ops->softmax_of_products(q, k, m, plain, plan->p->d, plan->bias_factor, &terms, plan->exponent_scale, max + row,
+    if (plain > 0 && ops->softmax_of_products(q, k, m, plain, plan->p->d, plan->bias_factor, &terms.rows, plan->exponent_scale, max + row,
                                               sum + row, o, plan->dv_pad, p)) {
         ops->gemm(o, p, v, m, plan->dv_pad, plain, true);                                                             /* O += P V */
         if (plain < view.count)

@@ -97,12 +97,19 @@ int64_t fa_cpu_used_keys(const struct cpu_plan *plan, const struct cpu_item *ite
  * j0 .. j0 + view.count, padded to n. `derivative` (softcap only) is optional. */
 void fa_cpu_modify_scores(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, struct fa_result s,
                           int64_t j0, struct cpu_view view, float *derivative);
+/* A strip's terms, with room for rows that do not lie side by side. */
+struct cpu_terms {
+    struct fa_score_terms rows;
+    float bias[FA_ROW_PAD][MOST_KEYS];
+    uint8_t mask[FA_ROW_PAD][MOST_KEYS];
+};
+
 /* How many of a view's columns, from the first on and in multiples of `pad`, need no more than terms, which it fills in: all the
  * rows see all of them, but for what mask and bias hide. */
 int64_t fa_cpu_plain_columns(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, int64_t j0,
-                             struct cpu_view view, struct fa_score_terms *terms);
-void fa_cpu_fill_terms(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, int64_t j0, bool masked,
-                       struct fa_score_terms *terms);
+                             struct cpu_view view, struct cpu_terms *terms);
+void fa_cpu_fill_terms(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, int64_t j0, int64_t count,
+                       bool masked, struct cpu_terms *terms);
 void fa_cpu_add_bias(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, struct fa_result s,
                      int64_t j0, int64_t count);
 void fa_cpu_apply_mask(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, struct fa_result s,
