@@ -123,8 +123,8 @@ def test_hidden_keys_cost_nothing(device, kind):
         x[:, 1536:] = torch.nan
     option = seen if kind == "mask" else torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
     ours = problem.run(inputs, device, **{f"attn_{kind}": option.to(device)})
-    for name, a, b in zip(ours._fields[:5], ours, expected):
-        torch.testing.assert_close(a, b, msg=name)
+    for name, a, b in zip(ours._fields[:5], ours, expected):            # of a block one may be cut where the other is not
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1.6e-2, msg=name)
     assert not ours.dk[:, 1536:].any() and not ours.dv[:, 1536:].any()
 
 
@@ -138,7 +138,8 @@ def test_padding_inside_a_window(device, dtype):
     ours = problem.run(inputs, device, attn_mask=mask.to(device))
     expected = problem.run(inputs, device, attn_mask=mask.expand(-1, -1, 66, -1).contiguous().to(device))
     for name, a, b in zip(ours._fields[:5], ours, expected):
-        torch.testing.assert_close(a, b, msg=name)
+        close = {} if dtype == torch.float32 else dict(atol=4e-3, rtol=1.6e-2)
+        torch.testing.assert_close(a, b, msg=name, **close)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
