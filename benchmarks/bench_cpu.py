@@ -1,12 +1,17 @@
 """The CPU kernels beside torch's scaled_dot_product_attention (SDPA) and attention written out.
 
     python benchmarks/bench_cpu.py [--isa amx|avx512_bf16|avx512|avx2] [--quick | --masks]
+                                   [--dtype bf16 ...] [--threads 1 ...] [--peers sdpa] [--budget SECONDS] [--out FILE [--resume]]
 
 Both sides are held to one instruction set: the script starts itself again with what caps ours, torch, MKL and
 oneDNN in the environment, and refuses to measure if the caps did not take. GFLOP/s count 4 h S^2 d for the
 forward pass, half of it if causal, and 2.5 times that for the backward pass, whatever an implementation
 really computes. Results go to benchmarks/results/cpu-<isa>-<cpu>.json and .png; with --quick, a small grid to
 try the script, to build/; with --masks, only what biases and masks cost, to masks-<isa>-<cpu>.json.
+
+With --dtype or --threads only that part of the grid is measured, and neither memory nor host cost. A run stops by itself
+before --budget seconds are over and keeps what it has, in build/ unless --out says where; with --resume it goes on
+where that file ends, so that a grid may be measured in pieces.
 """
 
 import argparse
@@ -17,6 +22,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -132,7 +138,7 @@ def require_caps(isa, rates):
     gain = times["fp32"]["min"] / times["bf16"]["min"]
     if gain > 1.3:
         sys.exit(f"bench_cpu.py: SDPA is {gain:.2f} times as fast in bf16 as in fp32: the cap did not take")
-    if rates["gemm_fp32"] > 1.05 * rates["fma_peak"]:
+    if rates["fma_peak"] and rates["gemm_fp32"] > 1.05 * rates["fma_peak"]:
         sys.exit(f"bench_cpu.py: torch's matrix product is faster than {isa} can be: the cap did not take")
 
 
@@ -160,13 +166,15 @@ FMA_FLAGS_512 = 64, ["-mavx512f"]
 
 
 def fma_peak(isa, threads):
-    """FLOP/s of fp32 multiply-adds in registers: no fp32 kernel can be faster on as many threads."""
+    """FLOP/s of fp32 multiply-adds in registers: no fp32 kernel can be faster on as many threads. None without a compiler."""
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if not shutil.which(compiler[0]):
+        return None
     width, flags = FMA_FLAGS.get(isa, FMA_FLAGS_512)
     steps = 10 ** 7
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(threads) as pool:
         source, library = Path(folder, "fma.c"), Path(folder, "fma.so")
         source.write_text(FMA_LOOP)
-        compiler = shlex.split(os.environ.get("CC", "cc"))
         command = [*compiler, "-O3", *flags, f"-DWIDTH={width}", "-shared", "-fPIC", source, "-o", library]
         subprocess.run(command, check=True)
         loop = ctypes.CDLL(str(library)).fma_loop           # ctypes lets go of the GIL
@@ -184,10 +192,10 @@ def machine_rates(isa, threads):
 # ------------------------------------------------------------------------------------------------------- grid
 
 
-def grid(lengths, thread_counts):
+def grid(lengths, thread_counts, dtypes):
     """Cells that are compared with each other, causal with full and dtype with dtype, follow each other."""
     for threads, direction, d, s, causal, dtype in itertools.product(
-            thread_counts, CALLS, (64, 128), lengths, (False, True), DTYPES):
+            thread_counts, CALLS, (64, 128), lengths, (False, True), dtypes):
         yield {"pass": direction, "dtype": dtype, "threads": threads, "d": d, "causal": causal, "s": s,
                "h": HEADS[s]}
 
@@ -206,11 +214,13 @@ def speed(cell, name):
 class Patience:
     """Foretells a call's time from the cell before it, so that a peer far behind does not hold up the run."""
 
-    def __init__(self):
-        self.rates = {}
+    def __init__(self, peers):
+        self.peers, self.rates = peers, {}
 
     def refusal(self, name, cell):
         """Why an implementation is left out, or None."""
+        if name not in self.peers and name != "ours":
+            return "not asked for"
         if name == "standard" and cell["s"] > STANDARD_MOST:
             return f"not run beyond S = {STANDARD_MOST}"
         expected = self._expected(name, cell)
@@ -249,19 +259,26 @@ def require_agreement(calls):
     """All compute the same thing; how exactly is the tests' business."""
     expected = calls["sdpa"]()
     torch.testing.assert_close(calls["ours"]().transpose(1, 2), expected, atol=0.02, rtol=0.02)
-    torch.testing.assert_close(calls["standard"](), expected, atol=0.02, rtol=0.02)
+    if "standard" in calls:
+        torch.testing.assert_close(calls["standard"](), expected, atol=0.02, rtol=0.02)
 
 
-def measure_grid(cells, budget):
+def without_known(cells, known):
+    """The cells that an earlier run has not measured."""
+    return [cell for cell in cells if not any(cell.items() <= other.items() for other in known)]
+
+
+def measure_grid(cells, peers, repeats, budget):
+    """The cells that the budget has time for; `repeats`: seconds for each implementation's repeats."""
     heading("GFLOP/s, best of the repeats")
-    table = Table("threads", "    pass", "  d", "   S", "h", "causal", "dtype", " ours", " sdpa", "standard",
+    table = Table("   cell", "threads", "    pass", "  d", "   S", "h", "causal", "dtype", " ours", " sdpa", "standard",
                   "ours/sdpa")
-    patience, measured = Patience(), []
-    for cell in cells:
-        cell = measure_cell(cell, patience, budget)
+    patience, measured = Patience(peers), []
+    for place, cell in budget.each(cells):
+        cell = measure_cell(cell, patience, repeats)
         measured.append(cell)
         rates = [speed(cell, name) for name in IMPLEMENTATIONS]
-        table.row(cell["threads"], cell["pass"], cell["d"], cell["s"], cell["h"],
+        table.row(place, cell["threads"], cell["pass"], cell["d"], cell["s"], cell["h"],
                   "causal" if cell["causal"] else "full", cell["dtype"],
                   *(rate and f"{rate:.1f}" for rate in rates), ratio(cell, "ours", "sdpa"))
     return measured
@@ -305,27 +322,35 @@ def masked_call(name, given, cell):
     return lambda: torch.autograd.grad(out, wanted, dout, retain_graph=True)
 
 
-def measure_masks(thread_counts, budget):
+def masked_cells(thread_counts, dtypes):
+    for threads, direction, size, dtype in itertools.product(thread_counts, CALLS, MASKED_SIZES, dtypes):
+        yield {"threads": threads, "pass": direction, "dtype": dtype, **dict(zip("bhs", size)), "d": 64}
+
+
+def measure_masks(cells, repeats, budget):
     """What a bias or mask costs: `share` of our time without; and SDPA's time with the same over ours."""
     heading("Biases and masks, d = 64: ms; bars: share 1.25 (padding 0.67), ours/sdpa 1.5")
-    table = Table("threads", "    pass", "dtype", "b", "h", "   S", "             given", "  ours", "share",
+    table = Table(" cell", "threads", "    pass", "dtype", "b", "h", "   S", "             given", "  ours", "share",
                   "ours/sdpa")
     rows = []
-    for threads, direction, size, dtype in itertools.product(thread_counts, CALLS, MASKED_SIZES, ("fp32", "bf16")):
-        torch.set_num_threads(threads)
-        cell = {"threads": threads, "pass": direction, "dtype": dtype, **dict(zip("bhs", size)), "d": 64}
-        kinds = [None, *(given for given in GIVEN if direction == "backward" or given != "bias with gradient")]
+    for place, cell in budget.each(cells):
+        torch.set_num_threads(cell["threads"])
+        kinds = [None, *(given for given in GIVEN if cell["pass"] == "backward" or given != "bias with gradient")]
         calls = {(name, given): masked_call(name, given, cell) for given in kinds for name in ("ours", "sdpa")}
-        times = {key: each["min"] for key, each in round_robin(calls, budget).items()}
+        times = {key: each["min"] for key, each in round_robin(calls, repeats).items()}
         for given in kinds:
             mine, theirs = times["ours", given], times["sdpa", given]
             rows.append({**cell, "given": given or "none", "ours_ms": mine * 1e3, "share": mine / times["ours", None],
                          "over_sdpa": theirs / mine})
-            table.row(threads, direction, dtype, *size, given or "none", mine * 1e3, rows[-1]["share"], theirs / mine)
-    missed = [row for row in rows if row["given"] != "none"
-              and (row["share"] > GIVEN[row["given"]] or row["over_sdpa"] < BAR_MASKED)]
-    print(f"{len(missed)} of {sum(row['given'] != 'none' for row in rows)} miss a bar")
+            table.row(place, cell["threads"], cell["pass"], cell["dtype"], *(cell[size] for size in "bhs"), given or "none",
+                      mine * 1e3, rows[-1]["share"], theirs / mine)
     return rows
+
+
+def print_masks_below(rows):
+    rows = [row for row in rows if row["given"] != "none"]
+    missed = [row for row in rows if row["share"] > GIVEN[row["given"]] or row["over_sdpa"] < BAR_MASKED]
+    print(f"{len(missed)} of {len(rows)} miss a bar")
 
 
 # ----------------------------------------------------------------------------------------------------- memory
@@ -404,15 +429,17 @@ def bar(isa, direction, dtype):
 
 def summarise(isa, cells, rates):
     """One row per pass, dtype and number of threads."""
-    peaks = {rate["threads"]: rate["fma_peak"] * 1e-9 for rate in rates}
+    peaks = {rate["threads"]: rate["fma_peak"] for rate in rates}
     rows = []
     for (direction, dtype, threads), group in grouped(cells, "pass", "dtype", "threads").items():
         known = [cell for cell in group if ratio(cell, "ours", "sdpa")]
+        if not known:
+            continue
         worst = min(known, key=lambda cell: ratio(cell, "ours", "sdpa"))
         gflops = geometric_mean(speed(cell, "ours") for cell in group)
         rows.append({
             "pass": direction, "dtype": dtype, "threads": threads, "gflops": gflops,
-            "of_fma_peak": gflops / peaks[threads],
+            "of_fma_peak": gflops * 1e9 / peaks[threads] if peaks.get(threads) else None,
             "over_sdpa": geometric_mean(ratio(cell, "ours", "sdpa") for cell in known),
             "bar": bar(isa, direction, dtype), "measured": len(known), "cells": len(group),
             "over_standard": geometric_mean(ratio(cell, "ours", "standard") for cell in group),
@@ -430,9 +457,9 @@ def with_quotients(cells, field, value, base, quotient):
     """The cells whose `field` is `value`, each with its quotient to its twin, which has `base` there."""
     identity = ("pass", "dtype", "threads", "d", "causal", "s")
     index = {tuple(cell[name] for name in identity): cell for cell in cells}
-    twins = ((cell, index[tuple({**cell, field: base}[name] for name in identity)])
+    twins = ((cell, index.get(tuple({**cell, field: base}[name] for name in identity)))
              for cell in cells if cell[field] == value)
-    return [{**cell, "quotient": quotient(cell, twin)} for cell, twin in twins]
+    return [{**cell, "quotient": quotient(cell, twin)} for cell, twin in twins if twin]
 
 
 def half_backward(cells):
@@ -541,47 +568,75 @@ def parse_arguments():
                         help="instruction set of both sides (default: the best that we use here)")
     parser.add_argument("--quick", action="store_true", help="a small grid, to try it; results go to build/")
     parser.add_argument("--masks", action="store_true", help="only what biases and masks cost")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="only these")
+    parser.add_argument("--threads", nargs="+", type=int, help="only these numbers of threads (default: 1 and all)")
+    parser.add_argument("--peers", nargs="+", choices=("sdpa", "standard"), default=("sdpa", "standard"), help="only these beside ours")
+    parser.add_argument("--budget", type=float, help="seconds after which no cell is begun")
+    parser.add_argument("--out", type=Path, help="the results file")
+    parser.add_argument("--resume", action="store_true", help="measure what --out lacks")
     arguments = parser.parse_args()
     if arguments.isa is None:
         parser.error("this machine has neither AVX-512 nor AVX2: there is nothing to compare like with like")
+    if arguments.resume and not arguments.out:
+        parser.error("--resume needs the file, --out")
     return arguments
 
 
-def measure(isa, quick):
+def measure_masks_only(arguments, budget):
+    results = {**harness.describe(), "isa": arguments.isa, "caps": CAPS[arguments.isa]}
+    known = harness.earlier(arguments.resume and arguments.out, results).get("masks", [])
+    cells = masked_cells(arguments.threads or (1,), arguments.dtype or ("fp32", "bf16"))
+    results["masks"] = known + measure_masks(without_known(cells, known), 0.05 if arguments.quick else 0.3, budget)
+    print_masks_below(results["masks"])
+    return results
+
+
+def measure(arguments, budget):
+    isa, quick, partial = arguments.isa, arguments.quick, arguments.dtype or arguments.threads
     results = {**harness.describe(), "isa": isa, "caps": CAPS[isa]}
-    thread_counts = sorted({1, results["machine"]["threads"]})
+    known = harness.earlier(arguments.resume and arguments.out, results)
+    thread_counts = arguments.threads or sorted({1, results["machine"]["threads"]})
+    dtypes = arguments.dtype or tuple(DTYPES)
     print(f"{results['machine']['name']}, at {isa}, {results['machine']['threads']} threads, "
           f"torch {torch.__version__}, sources {results['stamp']['cpu']}")
-    results["rates"] = [machine_rates(isa, threads) for threads in thread_counts]
+    results["rates"] = known.get("rates") or [machine_rates(isa, threads) for threads in thread_counts]
     for rate in results["rates"]:
-        print(f"{rate['threads']} threads: fp32 multiply-add peak {rate['fma_peak'] * 1e-9:.0f} GFLOP/s, "
-              f"torch's matrix product {rate['gemm_fp32'] * 1e-9:.0f} GFLOP/s")
+        peak = f"{rate['fma_peak'] * 1e-9:.0f}" if rate["fma_peak"] else "?"
+        print(f"{rate['threads']} threads: fp32 multiply-add peak {peak} GFLOP/s, torch's matrix product "
+              f"{rate['gemm_fp32'] * 1e-9:.0f} GFLOP/s")
     torch.set_num_threads(1)
     require_caps(isa, results["rates"][0])
-    results["memory"] = measure_memory((4096,) if quick else (4096, 8192, 16384), thread_counts[-1])
-    results["host_us"] = measure_host_cost()
-    results["masks"] = measure_masks(thread_counts[-1:], 0.05 if quick else 0.3)
-    cells = measure_grid(grid(QUICK if quick else HEADS, thread_counts), 0.05 if quick else 0.4)
-    return {**results, "summary": summarise(isa, cells, results["rates"]), "half_backward": half_backward(cells),
-            "causal_over_full": causal_times(cells), "cells": cells}
+    if not partial:
+        results["memory"] = known.get("memory") or measure_memory((4096,) if quick else (4096, 8192, 16384), thread_counts[-1])
+        results["host_us"] = known.get("host_us") or measure_host_cost()
+        masks = known.get("masks", [])
+        cells = without_known(masked_cells(thread_counts[-1:], ("fp32", "bf16")), masks)
+        results["masks"] = masks + measure_masks(cells, 0.05 if quick else 0.3, budget)
+        print_masks_below(results["masks"])
+    cells = list(grid(QUICK if quick else HEADS, thread_counts, dtypes))
+    measured = known.get("cells", []) + measure_grid(without_known(cells, known.get("cells", [])), arguments.peers,
+                                                              0.05 if quick else 0.4, budget)
+    results["complete"] = not partial and len(measured) == len(cells) and "standard" in arguments.peers
+    return {**results, "summary": summarise(isa, measured, results["rates"]), "half_backward": half_backward(measured),
+            "causal_over_full": causal_times(measured), "cells": measured}
 
 
 def main():
     arguments = parse_arguments()
     start_again_capped(arguments.isa)
-    if arguments.masks:
-        results = {**harness.describe(), "isa": arguments.isa, "caps": CAPS[arguments.isa]}
-        results["masks"] = measure_masks((1,), 0.3)
-        name = f"masks-{arguments.isa}-{harness.short_name(results['machine'])}.json"
-        return harness.write_json(harness.RESULTS / name, results)
-    results = measure(arguments.isa, arguments.quick)
-    print_summary(results)
-    print_cells_below(results["cells"])
-    folder = harness.RESULTS.parent.parent / "build" if arguments.quick else harness.RESULTS
-    path = folder / f"cpu-{arguments.isa}-{harness.short_name(results['machine'])}.json"
+    budget = harness.Budget(arguments.budget)
+    harness.start_autograd()
+    results = measure_masks_only(arguments, budget) if arguments.masks else measure(arguments, budget)
+    name = f"{'masks' if arguments.masks else 'cpu'}-{arguments.isa}-{harness.short_name(results['machine'])}.json"
+    whole = results.get("complete", arguments.masks) and not (arguments.quick or arguments.dtype or arguments.threads)
+    path = arguments.out or (harness.RESULTS if whole else harness.RESULTS.parent.parent / "build") / name
     harness.write_json(path, results)
-    plot(results, path.with_suffix(".png"))
-    print(f"\nwrote {path} and {path.with_suffix('.png').name}")
+    if not arguments.masks:
+        print_summary(results)
+        print_cells_below(results["cells"])
+    if results.get("complete"):
+        plot(results, path.with_suffix(".png"))
+    print(f"\nwrote {path}, {budget.spent():.0f} s")
 
 
 if __name__ == "__main__":

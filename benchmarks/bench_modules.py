@@ -1,13 +1,14 @@
 """What a training step gains when a model's attention modules become ours: forward and backward of
 nn.MultiheadAttention and of a two-layer nn.TransformerEncoder, torch's and ours of the same parameters.
 
-    python benchmarks/bench_modules.py [--device cuda] [--quick] [--out FILE]
+    python benchmarks/bench_modules.py [--device cuda] [--quick] [--only WORD ...] [--budget SECONDS] [--out FILE [--resume]]
 
 Batches of 1 to 32 sequences of 32 to 4096 tokens, without padding and with half of each batch padding, given
 as key_padding_mask. On a CPU in float32 and bfloat16, on a GPU in bfloat16. Dropout is 0 in the attention
 module alone and torch's default, 0.1, in the encoder. Times are those of steps that follow each other, so
 that on a GPU the host's part counts where it is what limits. Peak memory is what a step allocates beyond its
 inputs and parameters. Results go to benchmarks/results/modules-<device>.json; with --quick to build/.
+A run stops by itself before --budget seconds are over and keeps what it has; with --resume it goes on where --out ends.
 """
 
 import argparse
@@ -131,31 +132,40 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=tuple(SIZES), default="cpu")
     parser.add_argument("--quick", action="store_true", help="a small grid, to try the script")
-    parser.add_argument("--budget", type=float, default=0.5, help="seconds of repeats in a cell, each")
+    parser.add_argument("--repeats", type=float, default=0.5, help="seconds of repeats in a cell, each")
+    parser.add_argument("--budget", type=float, help="seconds after which no cell is begun")
     parser.add_argument("--threads", type=int, help="of torch, on a CPU")
     parser.add_argument("--only", nargs="*", default=(), help="cells with all of these, such as encoder bf16")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--resume", action="store_true", help="measure what --out lacks")
     arguments = parser.parse_args()
     device = arguments.device
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
     torch.manual_seed(0)
+    budget = harness.Budget(arguments.budget)
+    harness.start_autograd()
     results = {**harness.describe(device), "channels_heads": SIZES[device], "cells": [], "memory": []}
-    table = Table("   module", "dtype", "padded", " b", "   s", " ours ms", "torch ms", "ratio",
+    known = harness.earlier(arguments.resume and arguments.out, results)
+    results.update((key, known[key]) for key in ("cells", "memory") if key in known)
+    wanted = [cell for cell in cells(device, arguments.quick)
+              if set(arguments.only) <= {str(value) for value in cell.values()}
+              and not any(cell.items() <= other.items() for other in results["cells"])]
+    table = Table("   cell", "   module", "dtype", "padded", " b", "   s", " ours ms", "torch ms", "ratio",
                   " ours MB", "torch MB")
-    for cell in cells(device, arguments.quick):
-        if not set(arguments.only) <= {str(value) for value in cell.values()}:
-            continue
-        timed, memory = measure(cell, device, arguments.budget)
+    for place, cell in budget.each(wanted):
+        timed, memory = measure(cell, device, arguments.repeats)
         results["cells"].append(timed)
         results["memory"].append(memory)
         peak = memory["peak_bytes"]
-        table.row(*cell.values(), seconds(timed, "ours") * 1e3, seconds(timed, "torch") * 1e3,
+        table.row(place, *cell.values(), seconds(timed, "ours") * 1e3, seconds(timed, "torch") * 1e3,
                   ratio(timed, "ours", "torch"), peak["ours"] / 1e6, peak["torch"] / 1e6)
-    summary(results)
+    if results["cells"]:
+        summary(results)
 
-    folder = harness.RESULTS.parent.parent / "build" if arguments.quick or arguments.only else harness.RESULTS
+    partial = arguments.quick or arguments.only or arguments.budget
+    folder = harness.RESULTS.parent.parent / "build" if partial else harness.RESULTS
     name = f"modules-{harness.short_name(results['machine'])}.json"
     harness.write_json(arguments.out or folder / name, results)
 

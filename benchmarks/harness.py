@@ -33,6 +33,48 @@ FAR_BEHIND = 5.0        # times the fastest; of a long call so far behind, one t
 # ----------------------------------------------------------------------------------------------------- timing
 
 
+def start_autograd():
+    """What the first backward of a process pays is nobody's: torch imports sympy to look at a gradient that is given, and
+    starts autograd's threads and, where it has CUDA, the driver: 2 to 4 s, which one long call, counted as it is, would show."""
+    x = torch.ones(1, requires_grad=True)
+    torch.autograd.grad(2 * x, x, torch.ones(1))
+
+
+class Budget:
+    """Wall-clock seconds for a run (None: no end). A list of cells is measured while there is time for one more, which takes
+    about as long as the longest so far; what was measured is kept, and the rest is for another run."""
+
+    def __init__(self, seconds=None):
+        self.start, self.seconds, self.longest = time.perf_counter(), seconds, 0.0
+
+    def spent(self):
+        return time.perf_counter() - self.start
+
+    def has_time(self):
+        return self.seconds is None or self.spent() + self.longest < self.seconds
+
+    def each(self, cells):
+        """The cells there is time for, each with its place, such as "3/40"."""
+        cells = list(cells)
+        for n, cell in enumerate(cells, 1):
+            if not self.has_time():
+                return print(f"{self.seconds:g} s are over: {len(cells) - n + 1} of {len(cells)} cells are left out", flush=True)
+            before = self.spent()
+            yield f"{n}/{len(cells)}", cell
+            self.longest = max(self.longest, self.spent() - before)
+
+
+def earlier(path, results):
+    """What an earlier run of the same sources on the same machine left in a file: its cells need no second measurement."""
+    if not path or not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    same = all(found.get(key) == results[key] for key in ("stamp", "versions"))
+    if not same or found["machine"]["name"] != results["machine"]["name"]:
+        sys.exit(f"{path} is of other sources, versions or another machine: it cannot be continued")
+    return found
+
+
 def wall_seconds(call):
     """Time of a call that is over when it returns, as on a CPU."""
     start = time.perf_counter()

@@ -154,9 +154,30 @@ def test_hidden_keys_cost_nothing(device, kind):
         x[:, 1536:] = torch.nan
     option = seen if kind == "mask" else torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
     ours = problem.run(inputs, device, **{f"attn_{kind}": option.to(device)})
-    for name, a, b in zip(ours._fields[:5], ours, expected):
-        torch.testing.assert_close(a, b, msg=name)
+    for name, a, b in zip(ours._fields[:5], ours, expected):            # of a block one may be cut where the other is not
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1.6e-2, msg=name)
     assert not ours.dk[:, 1536:].any() and not ours.dv[:, 1536:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padding_inside_a_window(device, dtype):
+    """Keys that nobody sees, at the end of one block of keys and the start of the next, with a window over both."""
+    problem = Problem(dtype, sq=66, sk=223, window=(57, -1), d=40)
+    mask = torch.ones(2, 1, 1, 223, dtype=torch.bool)
+    mask[..., 90:140] = False
+    inputs = problem.inputs()
+    ours = problem.run(inputs, device, attn_mask=mask.to(device))
+    expected = problem.run(inputs, device, attn_mask=mask.expand(-1, -1, 66, -1).contiguous().to(device))
+    for name, a, b in zip(ours._fields[:5], ours, expected):
+        close = {} if dtype == torch.float32 else dict(atol=4e-3, rtol=1.6e-2)
+        torch.testing.assert_close(a, b, msg=name, **close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sk", [1024, 1101])
+def test_large_gradients(device, dtype, sk):
+    """More than a cache holds."""
+    Problem(dtype, b=1, sq=1100, sk=sk, h=4, hk=2, d=16, bias="hqk").check(device)
 
 
 # Against other definitions.

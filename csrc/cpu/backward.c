@@ -204,18 +204,33 @@ static void strip(const struct backward *job, const struct scratch *t, const str
 {
     const struct cpu_plan *plan = &job->plan;
     const struct fa_cpu_ops *ops = plan->ops;
-    const int64_t d = plan->d_row, dv = plan->dv_row, ld = plan->s_row, nr = ops->nr, at = row * ld, n = fa_pad(view.count, ops->pad);
-    const struct fa_result s = { t->s, ld }, dp = { t->dp, ld };
-    const struct fa_gradients to = { fa_operand(plan, t->to.p, at), fa_operand(plan, t->to.ds, at), fa_operand(plan, t->to.ds_sum, at),
-                                     job->dbias.kind != NO_DBIAS };
-    ops->gemm(s, (struct fa_left){ fa_operand(plan, from->q.ptr, row * d), d }, (struct fa_right){ t->k_panels, nr, nr * plan->d_pad },
-              m, n, plan->p->d, false);
-    ops->gemm(dp, (struct fa_left){ fa_operand(plan, from->dout.ptr, row * dv), dv },
-              (struct fa_right){ t->v_panels, nr, nr * plan->dv_pad }, m, n, plan->p->d_v, false);
-    fa_cpu_modify_scores(plan, rows, row, m, s, j0, view, t->derivative);
-    if (t->z) fa_cpu_dropout_mask(plan, rows, row, m, t->z, ld, j0, n);
-    ops->softmax_backward(s, dp, m, n, plan->exponent_scale, job->lse + first + row, job->delta + first + row, t->z,
-                          takes_derivative_last(job, t) ? NULL : t->derivative, to);
+    const int64_t d = plan->d_row, dv = plan->dv_row, ld = plan->s_row, nr = ops->nr, at = row % plan->block.strip * ld;
+    const bool keep_ds = job->dbias.kind != NO_DBIAS;
+    const struct fa_left q = { fa_operand(plan, from->q.ptr, row * d), d }, dout = { fa_operand(plan, from->dout.ptr, row * dv), dv };
+    struct fa_right k = { t->k_panels, nr, nr * plan->d_pad }, v = { t->v_panels, nr, nr * plan->dv_pad };
+    struct fa_gradients to = { fa_operand(plan, t->to.p, row * ld), fa_operand(plan, t->to.ds, row * ld),
+                               fa_operand(plan, t->to.ds_sum, row * ld), keep_ds };
+    struct fa_result s = { t->s + at, ld }, dp = { t->dp + at, ld };
+    const float *lse = job->lse + first + row, *delta = job->delta + first + row;
+    struct cpu_terms terms;
+    const int64_t plain = ops->gradients_of_products ? fa_cpu_plain_columns(plan, rows, row, m, j0, view, &terms) : 0;
+    if (plain > 0 && ops->gradients_of_products(q, k, dout, v, m, plain, plan->p->d, plan->p->d_v, plan->bias_factor, &terms.rows,
+                                                plan->exponent_scale, lse, delta, keep_ds ? dp.ptr : NULL, to, ld)) {
+        if (plain == view.count) return;
+        k.ptr = fa_operand(plan, k.ptr, plain * plan->d_pad), v.ptr = fa_operand(plan, v.ptr, plain * plan->dv_pad);
+        to.p = fa_operand(plan, to.p, plain * FA_ROW_PAD), to.ds = fa_operand(plan, to.ds, plain);
+        to.ds_sum = fa_operand(plan, to.ds_sum, plain * FA_ROW_PAD);
+        s.ptr += plain, dp.ptr += plain;
+        j0 += plain;
+        view.count -= plain;
+    }
+    const int64_t n = fa_pad(view.count, ops->pad);
+    float *const z = t->z ? t->z + at : NULL, *const derivative = t->derivative ? t->derivative + at : NULL;
+    ops->gemm(s, q, k, m, n, plan->p->d, false);
+    ops->gemm(dp, dout, v, m, n, plan->p->d_v, false);
+    fa_cpu_modify_scores(plan, rows, row, m, s, j0, view, derivative);
+    if (z) fa_cpu_dropout_mask(plan, rows, row, m, z, ld, j0, n);
+    ops->softmax_backward(s, dp, m, n, plan->exponent_scale, lse, delta, z, takes_derivative_last(job, t) ? NULL : derivative, to);
 }
 
 /* One tile: rows x the item's keys from column 0 to `count`. */
@@ -229,8 +244,9 @@ static void tile(const struct backward *job, const struct scratch *t, const stru
     const struct fa_result ds = { t->dp, ld };
     const struct block from = block_of(job, t, first, m);
     if (!ops->pack_columns) load_block(job, rows, &from);
+    const int64_t most = ops->gradients_of_products ? FA_ROW_PAD : plan->block.strip;
     for (int64_t row = 0, size; row < m; row += size) {
-        size = m - row < plan->block.strip ? m - row : plan->block.strip;
+        size = m - row < most ? m - row : most;
         strip(job, t, rows, &from, row, size, first, j0, view);
     }
     float row_sums[MOST_ROWS];
@@ -264,7 +280,7 @@ static void differentiate(const struct backward *job, int64_t thread, int64_t in
     const struct cpu_item item = fa_cpu_key_item(plan, index);
     const int64_t n = plan->block.n, j0 = item.block * n, left = item.seq.sk - j0, count = left < n ? left : n;
     const int64_t row_blocks = fa_blocks(plan->group * item.seq.sq, plan->block.m);
-    load_keys(job, &t, &item, count);
+    load_keys(job, &t, &item, fa_cpu_used_keys(plan, &item, j0, count));
     const int64_t cleared = plan->ops->pack_columns ? plan->s_row : count;
     memset(t.dk, 0, (size_t)(4 * cleared * plan->d_row));
     memset(t.dv, 0, (size_t)(4 * cleared * plan->dv_row));

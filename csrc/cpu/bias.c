@@ -2,7 +2,8 @@
  *
  * Both are read where the caller has them: a bias costs one fused multiply-add a score, a mask one byte a score. Before a tile
  * is computed its mask is looked at: columns that nobody sees are cut off its end, and a tile of none is not computed, nor is
- * one whose bias is all -inf. A padding mask, the same for all rows, is looked at once a tile. */
+ * one whose bias is all -inf. A padding mask, the same for all rows, is looked at once a tile, and keys at the end of a block that
+ * it hides are not turned into operands. */
 #include <math.h>
 #include <string.h>
 
@@ -86,6 +87,17 @@ struct cpu_view fa_cpu_view(const struct cpu_plan *plan, const struct cpu_rows *
     return view;
 }
 
+int64_t fa_cpu_used_keys(const struct cpu_plan *plan, const struct cpu_item *item, int64_t j0, int64_t count)
+{
+    const struct fa_scores *t = &plan->p->mask;
+    if (!t->ptr || t->stride_q) return count;
+    const uint8_t *mask = (const uint8_t *)t->ptr + item->b * t->stride_b + item->kv_head * plan->group * t->stride_h + j0 * t->stride_k;
+    for (; count > 0; count--)
+        for (int64_t head = 0; head < (t->stride_h ? plan->group : 1); head++)
+            if (mask[head * t->stride_h + (count - 1) * t->stride_k]) return count;
+    return 0;
+}
+
 void fa_cpu_add_bias(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, struct fa_result s,
                      int64_t j0, int64_t count)
 {
@@ -112,4 +124,21 @@ void fa_cpu_apply_mask(const struct cpu_plan *plan, const struct cpu_rows *rows,
         end = t->stride_k == 1 ? end_of_run(rows, r, row + m) : r + 1;
         plan->ops->apply_mask(to, end - r, count, mask_row(t, offset_of(t, rows, r, j0), count, copy), t->stride_q);
     }
+}
+
+void fa_cpu_fill_terms(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, int64_t j0, int64_t count,
+                       bool masked, struct cpu_terms *terms)
+{
+    const struct fa_scores *bias = &plan->p->bias, *mask = &plan->p->mask;
+    const bool side_by_side = bias->stride_k == 1 && bias->dtype != FA_FLOAT64;
+    terms->rows.has_bias = bias->ptr;
+    terms->rows.has_mask = masked;
+    terms->rows.dtype = side_by_side ? bias->dtype : FA_FLOAT32;
+    for (int64_t r = 0; r < m && bias->ptr; r++) {
+        const int64_t at = offset_of(bias, rows, row + r, j0);
+        terms->rows.bias[r] = side_by_side ? (const char *)bias->ptr + at * (int64_t)fa_sizeof(bias->dtype) : (const char *)terms->bias[r];
+        for (int64_t j = 0; j < count && !side_by_side; j++) terms->bias[r][j] = (float)fa_load(bias->dtype, bias->ptr, at + j * bias->stride_k);
+    }
+    for (int64_t r = 0; r < m && masked; r++)
+        terms->rows.mask[r] = mask_row(mask, offset_of(mask, rows, row + r, j0), count, terms->mask[r]);
 }

@@ -13,6 +13,7 @@ struct cpu_dbias {
     int64_t stride_b, stride_h, stride_q;           /* of the sums; 0 where shared */
     bool is_apart;                                  /* the sums are not dbias itself */
     bool is_cleared;                                /* they start at 0 and go to dbias at the end, not with the last term */
+    bool is_streamed;                               /* tiles of dS go to dbias as they are, past the caches */
     int32_t *turns;                                 /* items that have added, where several share an element */
     bool by_item;                                   /* a turn is an item's whole walk, not one row block */
 };

@@ -70,7 +70,8 @@ static void pack_keys(const struct forward *job, int64_t thread, int64_t index)
     const struct cpu_plan *plan = &job->plan;
     const struct fa_params *p = plan->p;
     const struct cpu_item item = fa_cpu_key_item(plan, index);
-    const int64_t j0 = item.block * plan->block.n, left = item.seq.sk - j0, count = left < plan->block.n ? left : plan->block.n;
+    const int64_t j0 = item.block * plan->block.n, left = item.seq.sk - j0;
+    const int64_t count = fa_cpu_used_keys(plan, &item, j0, left < plan->block.n ? left : plan->block.n);
     const int64_t key = first_key(plan, &item) + j0, size = (int64_t)fa_sizeof(p->dtype);
     const char *k = (char *)p->k.ptr + size * fa_offset(&p->k, item.b, item.seq.k0, j0, item.kv_head);
     const char *v = (char *)p->v.ptr + size * fa_offset(&p->v, item.b, item.seq.k0, j0, item.kv_head);
@@ -98,11 +99,21 @@ static void strip(const struct forward *job, const struct scratch *t, const stru
 {
     const struct cpu_plan *plan = &job->plan;
     const struct fa_cpu_ops *ops = plan->ops;
-    const int64_t n = fa_pad(view.count, ops->pad), ld = plan->s_row;
+    const int64_t ld = plan->s_row;
     const struct fa_result s = { t->s, ld }, o = { t->o + row * plan->dv_row, plan->dv_row };
     const struct fa_left q = { fa_operand(plan, t->q, row * plan->d_row), plan->d_row }, p = { t->p, ld };
     const struct fa_right k = { fa_operand(plan, job->k_panels, (key + j0) * plan->d_pad), ops->nr, ops->nr * plan->d_pad };
     const struct fa_right v = { fa_operand(plan, job->v_rows, (key + j0) * plan->dv_right), plan->dv_right, ops->row_panel };
+    struct cpu_terms terms;
+    const int64_t plain = ops->softmax_of_products ? fa_cpu_plain_columns(plan, rows, row, m, j0, view, &terms) : 0;
+    if (plain > 0 && ops->softmax_of_products(q, k, m, plain, plan->p->d, plan->bias_factor, &terms.rows, plan->exponent_scale, max + row,
+                                              sum + row, o, plan->dv_pad, p)) {
+        ops->gemm(o, p, v, m, plan->dv_pad, plain, true);                                                             /* O += P V */
+        if (plain < view.count)
+            strip(job, t, rows, row, m, key, j0 + plain, (struct cpu_view){ view.count - plain, view.masked }, max, sum);
+        return;
+    }
+    const int64_t n = fa_pad(view.count, ops->pad);
     ops->gemm(s, q, k, m, n, plan->p->d, false);                                                                    /* S = Q K^T */
     fa_cpu_modify_scores(plan, rows, row, m, s, j0, view, NULL);
     if (t->z) fa_cpu_dropout_mask(plan, rows, row, m, t->z, ld, j0, n);
@@ -126,13 +137,15 @@ static void attend(const struct forward *job, int64_t thread, int64_t index)
     memset(t.o, 0, (size_t)(4 * rows.count * plan->dv_row));
     fa_wait_for(&job->packed[item.b * plan->p->hk + item.kv_head], (int32_t)fa_blocks(item.seq.sk, most));
 
+    const int64_t strip_rows = plan->ops->softmax_of_products ? FA_ROW_PAD : plan->block.strip;
     int64_t first = 0, step;                                    /* rows before see none of the keys from j0 on */
     for (int64_t j0 = rows.hull.first / KEY_ALIGN * KEY_ALIGN; j0 < rows.hull.last; j0 += step) {
         while (causal_run && rows.keys[first].last <= j0) first++;
         const bool diagonal = plan->block.strip == plan->block.m && rows.keys[first].last < j0 + most;
-        step = diagonal ? KEY_ALIGN : most;                     /* small steps along the diagonal, or narrower strips */
+        step = diagonal ? KEY_ALIGN : plan->p->mask.ptr ? most - j0 % most : most;      /* small steps along the diagonal, or narrower
+                                                                 * strips; of a block that a mask cuts short its end is no operand */
         for (int64_t row = first, m; row < rows.count; row += m) {
-            m = rows.count - row < plan->block.strip ? rows.count - row : plan->block.strip;
+            m = rows.count - row < strip_rows ? rows.count - row : strip_rows;
             const int64_t left = (causal_run ? rows.keys[row + m - 1].last : rows.hull.last) - j0;
             const struct cpu_view view = fa_cpu_view(plan, &rows, row, m, j0, left < step ? left : step);
             if (view.count > 0) strip(job, &t, &rows, row, m, key, j0, view, max, sum);      /* else mask or bias hide it */

@@ -7,6 +7,7 @@
 #define INLINE static inline __attribute__((always_inline))
 typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint16_t v16 __attribute__((vector_size(32)));
 typedef uint64_t v64 __attribute__((vector_size(64)));
 
 INLINE vf broadcast(float x) { return _mm512_set1_ps(x); }
@@ -18,5 +19,8 @@ INLINE void store_half(uint16_t *p, vf x)
 {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
+INLINE void stream(float *p, vf x) { _mm512_stream_ps(p, x); }
+INLINE void stream_halves(uint16_t *p, v16 x) { _mm256_stream_si256((__m256i *)p, (__m256i)x); }
+INLINE void stream_end(void) { _mm_sfence(); }
 INLINE vi load_bytes(const uint8_t *p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
 INLINE v64 multiply_even(v64 x, uint32_t m) { return (v64)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi32((int)m)); }

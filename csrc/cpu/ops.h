@@ -27,6 +27,14 @@ struct fa_cpu_blocks { int64_t m, n, strip; };
 /* Where softmax_backward leaves a strip's operands. */
 struct fa_gradients { void *p, *ds, *ds_sum; bool keep_ds; };
 
+/* What else there is to the scores of a strip, one pointer a row: a bias of any dtype but float64, and a mask. */
+struct fa_score_terms {
+    const void *bias[FA_ROW_PAD];
+    const uint8_t *mask[FA_ROW_PAD];
+    enum fa_dtype dtype;
+    bool has_bias, has_mask;
+};
+
 struct fa_cpu_ops {
     const char *isa;
     int64_t nr;                         /* columns of a panel */
@@ -47,6 +55,9 @@ struct fa_cpu_ops {
     /* dst (n,) of dtype <- factor * src (n,). */
     void (*store_row)(void *dst, enum fa_dtype dtype, const float *src, int64_t n, float factor);
 
+    /* dst (rows, stride) of dtype <- src (rows, n), past the caches: for what is larger than they are. */
+    void (*stream_rows)(void *dst, enum fa_dtype dtype, int64_t stride, struct fa_result src, int64_t rows, int64_t n);
+
     /* C (m, n) = A (m, k) B (k, n), or += if accumulate; n and k are multiples of `pad`, but fp32's k is any. */
     void (*gemm)(struct fa_result c, struct fa_left a, struct fa_right b, int64_t m, int64_t n, int64_t k, bool accumulate);
     /* Sums (keys, channels) += P^T X over the rows of a block; p as softmax_backward left it, X of load_rows or pack_columns
@@ -65,6 +76,17 @@ struct fa_cpu_ops {
     void (*softmax_backward)(struct fa_result s, struct fa_result dp, int64_t rows, int64_t n, float scale,
                              const float *lse, const float *delta, const float *z, const float *d, struct fa_gradients t);
 
+    /* gemm and online_softmax in one; gemms and softmax_backward in one: for at most FA_ROW_PAD rows of scores factor (Q K^T) +
+     * terms, n a multiple of `pad`. False: the caller is to take the separate steps instead; of its operands only P may have
+     * been written, and max moved from -inf. NULL where a table has no such thing. With ds that is dS before it is rounded, ld
+     * floats a row as the operands. */
+    bool (*softmax_of_products)(struct fa_left q, struct fa_right k, int64_t m, int64_t n, int64_t d, float factor,
+                                const struct fa_score_terms *terms, float scale, float *max, float *sum, struct fa_result o,
+                                int64_t channels, struct fa_left p);
+    bool (*gradients_of_products)(struct fa_left q, struct fa_right k, struct fa_left dout, struct fa_right v, int64_t m, int64_t n,
+                                  int64_t d, int64_t dv, float factor, const struct fa_score_terms *terms, float scale,
+                                  const float *lse, const float *delta, float *ds, struct fa_gradients t, int64_t ld);
+
     /* S <- outer tanh(inner S); derivative, if wanted, <- 1 - tanh^2, laid out as S. */
     void (*softcap)(struct fa_result s, int64_t rows, int64_t n, float inner, float outer, float *derivative);
     void (*scale)(struct fa_result s, int64_t rows, int64_t n, float factor);
@@ -78,6 +100,8 @@ struct fa_cpu_ops {
     /* Of two rows of left operands. */
     float (*dot)(const void *x, const void *y, int64_t n);
     float (*sum)(const float *x, int64_t n);
+    /* to (n,) <- x + y; n is any, and to may be either. */
+    void (*add_row)(float *to, const float *x, const float *y, int64_t n);
 
     /* z (16, 16) <- 0 or kept, the dropout mask of one piece of S. */
     void (*dropout_piece)(float *z, uint64_t seed, uint64_t offset, uint32_t batch_head, uint32_t piece_i, uint32_t piece_j,

@@ -240,12 +240,27 @@ INLINE __m512i interleave_halves(__m512i x)
     return _mm512_permutexvar_epi16(order, x);
 }
 
-struct gradient_row { const float *s; float *dp; const float *z, *d; float lse, shift, delta; bool keep_ds; };
+struct gradient_row {
+    const float *s, *dp, *z, *d;
+    float lse, shift, delta;
+    float *ds;                                                  /* where dS goes before it is rounded, or NULL */
+    const void *bias;
+    enum fa_dtype dtype;
+    const uint8_t *mask;
+};
 
-INLINE vf gradient_of(const struct gradient_row *row, bool exact, bool modified, int64_t j, float scale, vf *kept)
+/* A score's exponent before its row's shift: with its bias, and where the mask hides it -inf. */
+INLINE vf with_terms(vf x, float scale, const void *bias, enum fa_dtype dtype, const uint8_t *mask, int64_t j)
+{
+    if (bias) x = vfma(load_as(bias, dtype, j), broadcast(scale), x);
+    return mask ? (vf)_mm512_mask_mov_ps(_mm512_set1_ps(-__builtin_inff()), _mm_test_epi8_mask(_mm_loadu_si128((const __m128i *)(mask + j)), _mm_set1_epi8(-1)), (__m512)x) : x;
+}
+
+INLINE vf gradient_of(const struct gradient_row *row, bool exact, bool modified, int64_t j, float factor, float scale, vf *kept)
 {
     const vf s = load(row->s + j), c = broadcast(scale);
-    vf p = exp2_bf16(exact ? vmin(broadcast(0), (s - broadcast(row->lse)) * c) : vfma(s, c, broadcast(row->shift)));
+    const vf shift = modified && !exact ? with_terms(broadcast(row->shift), scale, row->bias, row->dtype, row->mask, j) : broadcast(row->shift);
+    vf p = exp2_bf16(exact ? vmin(broadcast(0), (s - broadcast(row->lse)) * c) : vfma(s, broadcast(factor), shift));
     vf g = load(row->dp + j);
     *kept = p;
     if (modified && row->z) {
@@ -254,17 +269,17 @@ INLINE vf gradient_of(const struct gradient_row *row, bool exact, bool modified,
         *kept = p * mask;
     }
     g = (g - broadcast(row->delta)) * p;
-    if (modified && row->keep_ds) store(row->dp + j, g);
+    if (modified && row->ds) store(row->ds + j, g);
     if (modified && row->d) g = g * load(row->d + j);
     return g;
 }
 
-INLINE void two_rows(const bool exact, const bool modified, const struct gradient_row row[2], int64_t n, float scale, bf16 *p,
-                     bf16 *ds, int64_t ds_row, bf16 *ds_sum)
+INLINE void two_rows(const bool exact, const bool modified, const struct gradient_row row[2], int64_t n, float factor, float scale,
+                     bf16 *p, bf16 *ds, int64_t ds_row, bf16 *ds_sum)
 {
     for (int64_t j = 0; j < n; j += VL, p += TILE_ELEMENTS, ds_sum += TILE_ELEMENTS) {
         vf kept[2], g[2];
-        for (int i = 0; i < 2; i++) g[i] = gradient_of(&row[i], exact, modified, j, scale, &kept[i]);
+        for (int i = 0; i < 2; i++) g[i] = gradient_of(&row[i], exact, modified, j, factor, scale, &kept[i]);
         const __m512i both = round_two(g[0], g[1]);
         _mm512_storeu_si512(p, interleave_halves(round_two(kept[0], kept[1])));
         _mm512_storeu_si512(ds_sum, interleave_halves(both));
@@ -273,7 +288,28 @@ INLINE void two_rows(const bool exact, const bool modified, const struct gradien
     }
 }
 
+/* Row r of a strip of `rows`; beyond them one whose P and dS are 0. */
+INLINE struct gradient_row gradient_row_at(struct fa_result s, struct fa_result dp, int64_t r, int64_t rows, float scale,
+                                           const float *lse, const float *delta)
+{
+    const int64_t at = r < rows ? r : rows - 1;
+    struct gradient_row row = { .s = s.ptr + at * s.row, .dp = dp.ptr + at * dp.row, .lse = lse[at], .shift = -lse[at] * scale, .delta = delta[at] };
+    if (r >= rows) row.lse = __builtin_inff(), row.shift = -__builtin_inff(), row.delta = 0;
+    return row;
+}
+
 /* p and ds_sum: tiles (rows / 32, row stride / 16); rows up to the next multiple of 32 are 0, as if their lse were infinite. */
+INLINE void clear_pairs(struct fa_gradients t, int64_t rows, int64_t n, int64_t ld)
+{
+    for (int64_t r = (rows + 1) / 2 * 2; r % K_STEP; r += 2) {
+        const int64_t tile_row = r / K_STEP * K_STEP * ld + r % K_STEP / 2 * K_STEP;
+        for (int64_t j = 0; j < n; j += VL) {
+            _mm512_storeu_si512((bf16 *)t.p + tile_row + j / TILE * TILE_ELEMENTS, _mm512_setzero_si512());
+            _mm512_storeu_si512((bf16 *)t.ds_sum + tile_row + j / TILE * TILE_ELEMENTS, _mm512_setzero_si512());
+        }
+    }
+}
+
 static void softmax_backward_bf16(struct fa_result s, struct fa_result dp, int64_t rows, int64_t n, float scale,
                                  const float *lse, const float *delta, const float *z, const float *d, struct fa_gradients t)
 {
@@ -282,27 +318,19 @@ static void softmax_backward_bf16(struct fa_result s, struct fa_result dp, int64
         bool exact = false;
         for (int i = 0; i < 2; i++) {
             const int64_t at = r + i < rows ? r + i : r;
-            row[i] = (struct gradient_row){ s.ptr + at * s.row, dp.ptr + at * dp.row, z ? z + at * s.row : NULL, d ? d + at * s.row : NULL,
-                                            lse[at], -lse[at] * scale, delta[at], t.keep_ds };
-            if (r + i >= rows) {
-                row[i].lse = __builtin_inff(), row[i].shift = -__builtin_inff(), row[i].delta = 0;
-                row[i].keep_ds = false;
-            }
+            row[i] = gradient_row_at(s, dp, r + i, rows, scale, lse, delta);
+            row[i].z = z ? z + at * s.row : NULL;
+            row[i].d = d ? d + at * s.row : NULL;
+            row[i].ds = t.keep_ds && r + i < rows ? dp.ptr + at * dp.row : NULL;
             exact |= !(__builtin_fabsf(row[i].shift) < EXACT_FROM) && row[i].lse != __builtin_inff();
         }
         const int64_t tile_row = r / K_STEP * K_STEP * s.row + r % K_STEP / 2 * K_STEP;
         bf16 *p = (bf16 *)t.p + tile_row, *ds_sum = (bf16 *)t.ds_sum + tile_row, *ds = (bf16 *)t.ds + r * s.row;
-        if (exact) two_rows(true, true, row, n, scale, p, ds, s.row, ds_sum);
-        else if (z || d || t.keep_ds) two_rows(false, true, row, n, scale, p, ds, s.row, ds_sum);
-        else two_rows(false, false, row, n, scale, p, ds, s.row, ds_sum);
+        if (exact) two_rows(true, true, row, n, scale, scale, p, ds, s.row, ds_sum);
+        else if (z || d || t.keep_ds) two_rows(false, true, row, n, scale, scale, p, ds, s.row, ds_sum);
+        else two_rows(false, false, row, n, scale, scale, p, ds, s.row, ds_sum);
     }
-    for (int64_t r = (rows + 1) / 2 * 2; r % K_STEP; r += 2) {
-        const int64_t tile_row = r / K_STEP * K_STEP * s.row + r % K_STEP / 2 * K_STEP;
-        for (int64_t j = 0; j < n; j += VL) {
-            _mm512_storeu_si512((bf16 *)t.p + tile_row + j / TILE * TILE_ELEMENTS, _mm512_setzero_si512());
-            _mm512_storeu_si512((bf16 *)t.ds_sum + tile_row + j / TILE * TILE_ELEMENTS, _mm512_setzero_si512());
-        }
-    }
+    clear_pairs(t, rows, n, s.row);
 }
 
 static float dot_bf16(const void *left, const void *right, int64_t n)
@@ -317,9 +345,9 @@ static float dot_bf16(const void *left, const void *right, int64_t n)
     {                                                                                                                    \
         .isa = name, .nr = TILE, .element = 2, .pad = K_STEP, .row_panel = TILE_ELEMENTS,                                \
         .load_rows = load_rows_bf16, .load_right = load_right_bf16, .pack_transposed = pack_transposed_bf16,             \
-        .pack_columns = pack_columns, .store_row = store_row, .gemm = gemm_bf16, .sum_rows = sum_rows_bf16,              \
+        .pack_columns = pack_columns, .store_row = store_row, .stream_rows = stream_rows, .gemm = gemm_bf16, .sum_rows = sum_rows_bf16,              \
         .store_sums = store_sums_bf16, .online_softmax = online_softmax_bf16, .softmax_backward = softmax_backward_bf16, \
         .softcap = softcap, .scale = scale_rows, .alibi_row = alibi_row, .multiply = multiply, .add_bias = add_bias,    \
-        .apply_mask = apply_mask, .dot = dot_bf16, .sum = sum, .dropout_piece = dropout_piece,                           \
+        .apply_mask = apply_mask, .dot = dot_bf16, .sum = sum, .add_row = add_row, .dropout_piece = dropout_piece,       \
         __VA_ARGS__                                                                                                      \
     }

@@ -6,6 +6,7 @@
 #define INLINE static inline __attribute__((always_inline))
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
+typedef uint16_t v16 __attribute__((vector_size(8)));
 typedef uint64_t v64 __attribute__((vector_size(16)));
 
 INLINE vf broadcast(float x) { return (vf){ x, x, x, x }; }
@@ -24,6 +25,11 @@ INLINE void store_half(uint16_t *p, vf x)
 {
     for (int i = 0; i < VL; i++) p[i] = fa_float_to_half(x[i]);
 }
+
+/* Through the caches: plain C knows no other way. */
+INLINE void stream(float *p, vf x) { __builtin_memcpy(p, &x, sizeof x); }
+INLINE void stream_halves(uint16_t *p, v16 x) { __builtin_memcpy(p, &x, sizeof x); }
+INLINE void stream_end(void) {}
 
 INLINE vi load_bytes(const uint8_t *p) { return (vi){ p[0], p[1], p[2], p[3] }; }
 

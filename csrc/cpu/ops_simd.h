@@ -15,6 +15,7 @@
 enum { MR = 6, CHANNEL_PAD = 16 };
 #define NR (NV * VL)
 
+typedef uint32_t v32 __attribute__((vector_size(4 * VL)));
 typedef float vf_unaligned __attribute__((vector_size(4 * VL), aligned(4), may_alias));
 
 INLINE vf load(const float *p) { return (vf)*(const vf_unaligned *)p; }
@@ -83,8 +84,6 @@ INLINE vf tanh_of(vf x)
 
 /* ------------------------------------------------------------------------------------------------ conversions */
 
-typedef uint16_t v16 __attribute__((vector_size(2 * VL)));
-typedef uint32_t v32 __attribute__((vector_size(4 * VL)));
 
 /* The 64-bit products x m, as high and low words. */
 INLINE void multiply_wide(v32 x, uint32_t m, v32 *high, v32 *low)
@@ -102,11 +101,16 @@ INLINE vf load_bfloat16(const uint16_t *p)
 }
 
 /* Round to nearest even; NaN becomes the quiet one. */
-INLINE void store_bfloat16(uint16_t *p, vf x)
+INLINE v16 to_bfloat16(vf x)
 {
     v32 bits = (v32)x, nan = (v32)(x != x);
     v32 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    v16 half = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), v16);
+    return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), v16);
+}
+
+INLINE void store_bfloat16(uint16_t *p, vf x)
+{
+    v16 half = to_bfloat16(x);
     memcpy(p, &half, sizeof half);
 }
 
@@ -167,6 +171,21 @@ static void store_row(void *dst, enum fa_dtype dtype, const float *src, int64_t 
     if (dtype == FA_FLOAT32) store_row_as(dst, FA_FLOAT32, src, n, factor);
     else if (dtype == FA_FLOAT16) store_row_as(dst, FA_FLOAT16, src, n, factor);
     else store_row_as(dst, FA_BFLOAT16, src, n, factor);
+}
+
+static void stream_rows(void *dst, enum fa_dtype dtype, int64_t stride, struct fa_result src, int64_t rows, int64_t n)
+{
+    const int64_t size = dtype == FA_FLOAT32 ? 4 : 2;
+    char *to = dst;
+    for (int64_t r = 0; r < rows; r++, to += stride * size, src.ptr += src.row) {
+        if (((uintptr_t)to | (uintptr_t)(n * size)) % (uintptr_t)(VL * size) || dtype == FA_FLOAT16)
+            store_row(to, dtype, src.ptr, n, 1);
+        else if (dtype == FA_FLOAT32)
+            for (int64_t j = 0; j < n; j += VL) stream((float *)to + j, load(src.ptr + j));
+        else
+            for (int64_t j = 0; j < n; j += VL) stream_halves((uint16_t *)to + j, to_bfloat16(load(src.ptr + j)));
+    }
+    stream_end();
 }
 
 /* 4x4 blocks: four loads, eight shuffles, four stores for 16 elements. */
@@ -426,6 +445,13 @@ static float sum(const float *x, int64_t n)
     return sum_of(total);
 }
 
+static void add_row(float *to, const float *x, const float *y, int64_t n)
+{
+    int64_t j = 0;
+    for (; j + VL <= n; j += VL) store(to + j, load(x + j) + load(y + j));
+    for (; j < n; j++) to[j] = x[j] + y[j];
+}
+
 /* ---------------------------------------------------------------------------------------------------- dropout */
 
 /* VL Philox calls side by side, counting up from `counter`: common/philox.h in vectors. */
@@ -481,8 +507,9 @@ static void dropout_piece(float *z, uint64_t seed, uint64_t offset, uint32_t bat
         .isa = name, .nr = NR, .element = 4, .pad = CHANNEL_PAD, .row_panel = NR,                                        \
         .forward = { 192, 128, 192 }, .backward = { 96, 192, 96 },                                                       \
         .load_rows = load_rows, .load_right = load_rows, .pack_transposed = pack_transposed, .store_row = store_row,     \
+        .stream_rows = stream_rows,                                                                                      \
         .gemm = gemm, .sum_rows = sum_rows, .store_sums = store_sums, .online_softmax = online_softmax,                  \
         .softmax_backward = softmax_backward, .softcap = softcap, .scale = scale_rows, .alibi_row = alibi_row,           \
         .multiply = multiply, .add_bias = add_bias, .apply_mask = apply_mask, .dot = dot, .sum = sum,                    \
-        .dropout_piece = dropout_piece,                                                                                  \
+        .add_row = add_row, .dropout_piece = dropout_piece,                                                                                  \
     }

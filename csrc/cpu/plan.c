@@ -24,6 +24,7 @@ struct cpu_plan fa_cpu_make_plan(enum fa_pass pass, const struct fa_params *p, s
         .bias_factor = bias_first ? (float)p->scale : 1,
         .keep256 = fa_keep256(p->dropout_p),
     };
+    plan.is_plain = (!natural || bias_first) && plan.keep256 == 256;
     plan.block = pass == FA_FORWARD ? plan.ops->forward : plan.ops->backward;
     if (p->dbias.ptr) plan.block.strip = plan.block.m;          /* which takes whole blocks of dS */
     /* Tiles are 16 rows: at a power of two apart they would share few of L1's sets. */
@@ -139,6 +140,20 @@ void fa_cpu_modify_scores(const struct cpu_plan *plan, const struct cpu_rows *ro
         if (first > 0) hide(s.ptr, 0, first < n ? first : n);
         if (last < n) hide(s.ptr, last > 0 ? last : 0, n);
     }
+}
+
+int64_t fa_cpu_plain_columns(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, int64_t j0,
+                             struct cpu_view view, struct cpu_terms *terms)
+{
+    int64_t first = 0, last = j0 + view.count;
+    if (!plan->is_plain) return 0;
+    for (int64_t r = row; r < row + m; r++) {
+        if (rows->keys[r].first > first) first = rows->keys[r].first;
+        if (rows->keys[r].last < last) last = rows->keys[r].last;
+    }
+    const int64_t columns = first <= j0 && last > j0 ? (last - j0) / plan->ops->pad * plan->ops->pad : 0;
+    if (columns > 0) fa_cpu_fill_terms(plan, rows, row, m, j0, columns, view.masked, terms);
+    return columns;
 }
 
 void fa_cpu_dropout_mask(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t count,

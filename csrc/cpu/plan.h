@@ -33,6 +33,7 @@ struct cpu_plan {
     float exponent_scale;               /* P = exp2(exponent_scale (score - ...)) */
     bool scale_first;                   /* scores are multiplied by `scale` before anything else */
     float bias_factor;                  /* or as the bias is added: by this */
+    bool is_plain;                      /* nothing comes between product and softmax but what fa_score_terms say */
     uint64_t seed, offset;              /* dropout */
     int keep256;
     struct cpu_sums *before;            /* (b,) sums over the sequences before each */
@@ -88,11 +89,27 @@ static inline void *fa_cpu_row_at(const struct cpu_plan *plan, const struct cpu_
 struct cpu_view { int64_t count; bool masked; };
 struct cpu_view fa_cpu_view(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, int64_t j0, int64_t count);
 
+/* How many of the keys j0 .. j0 + count of an item's head are operands at all: a mask that is the same for all rows hides the others. */
+int64_t fa_cpu_used_keys(const struct cpu_plan *plan, const struct cpu_item *item, int64_t j0, int64_t count);
+
 /* Every change of a score between Q K^T and the softmax, in the order of DESIGN's equations: scale, softcap, ALiBi, bias,
  * then -inf for each key that its row does not see. Rows of s are `row` .. `row + m` of the block, columns are the keys
  * j0 .. j0 + view.count, padded to n. `derivative` (softcap only) is optional. */
 void fa_cpu_modify_scores(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, struct fa_result s,
                           int64_t j0, struct cpu_view view, float *derivative);
+/* A strip's terms, with room for rows that do not lie side by side. */
+struct cpu_terms {
+    struct fa_score_terms rows;
+    float bias[FA_ROW_PAD][MOST_KEYS];
+    uint8_t mask[FA_ROW_PAD][MOST_KEYS];
+};
+
+/* How many of a view's columns, from the first on and in multiples of `pad`, need no more than terms, which it fills in: all the
+ * rows see all of them, but for what mask and bias hide. */
+int64_t fa_cpu_plain_columns(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, int64_t j0,
+                             struct cpu_view view, struct cpu_terms *terms);
+void fa_cpu_fill_terms(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, int64_t j0, int64_t count,
+                       bool masked, struct cpu_terms *terms);
 void fa_cpu_add_bias(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, struct fa_result s,
                      int64_t j0, int64_t count);
 void fa_cpu_apply_mask(const struct cpu_plan *plan, const struct cpu_rows *rows, int64_t row, int64_t m, struct fa_result s,

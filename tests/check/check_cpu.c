@@ -258,6 +258,99 @@ static void check_softmax_backward(const struct fa_cpu_ops *ops)
     free(s); free(dp); free(z); free(d); free(lse); free(delta);
 }
 
+/* Random terms of a strip, and each score in double. Some rows are hidden but for their first key. */
+static void random_terms(struct fa_score_terms *terms, void *bias, uint8_t *mask, int64_t m, int64_t n, float factor, double *scores)
+{
+    terms->has_bias = between(0, 1), terms->has_mask = between(0, 1), terms->dtype = (enum fa_dtype)between(FA_FLOAT32, FA_BFLOAT16);
+    for (int64_t r = 0; r < m; r++) {
+        const float hidden = between(0, 5) ? 0.2f : 1;
+        terms->bias[r] = (char *)bias + 4 * r * N, terms->mask[r] = mask + r * N;
+        for (int64_t j = 0; j < n; j++) {
+            fa_store(terms->dtype, (void *)terms->bias[r], j, j && uniform(0, 1) < 0.1f ? -INFINITY : uniform(-3, 3));
+            mask[r * N + j] = j == 0 || uniform(0, 1) >= hidden;
+            scores[r * N + j] = factor * scores[r * N + j] + (terms->has_bias ? fa_load(terms->dtype, terms->bias[r], j) : 0);
+            if (terms->has_mask && !mask[r * N + j]) scores[r * N + j] = -INFINITY;
+        }
+    }
+}
+
+/* What joins products and softmax, against sums in double; the scores' spread makes references move. */
+static void check_joined_steps(const struct fa_cpu_ops *ops)
+{
+    if (!ops->softmax_of_products) return;
+    double worst = 0, worst_backward = 0;
+    int done = 0;
+    for (int trial = 0; trial < 60; trial++) {
+        const int64_t m = between(1, FA_ROW_PAD), n = fa_pad(between(1, N), ops->pad), d = between(1, 96), dv = between(1, 96);
+        const int64_t d_pad = fa_pad(d, ops->pad), dv_pad = fa_pad(dv, ops->pad);
+        const float factor = uniform(0.1f, trial % 3 ? 1 : 9), scale = 1.4427f;
+        float *x = random_floats(m * d, -1, 1), *y = random_floats(n * d, -1, 1), *dx = random_floats(m * dv, -1, 1), *w = random_floats(n * dv, -1, 1);
+        void *q = tensor_of(ops, x, m, d, d), *k = tensor_of(ops, y, n, d, d), *dout = tensor_of(ops, dx, m, dv, dv), *v = tensor_of(ops, w, n, dv, dv);
+        void *q_left = operand(ops, FA_ROW_PAD * d_pad), *dout_left = operand(ops, FA_ROW_PAD * dv_pad), *rows = operand(ops, N * 96);
+        void *k_panels = operand(ops, (N + 64) * d_pad), *v_panels = operand(ops, (N + 64) * dv_pad), *p = operand(ops, FA_ROW_PAD * N);
+        const enum fa_dtype dtype = dtype_of(ops);
+        ops->load_rows(q_left, d_pad, q, dtype, d, m, d), ops->load_rows(dout_left, dv_pad, dout, dtype, dv, m, dv);
+        ops->load_rows(rows, d_pad, k, dtype, d, n, d), ops->pack_transposed(k_panels, rows, d_pad, n, d);
+        ops->load_rows(rows, dv_pad, v, dtype, dv, n, dv), ops->pack_transposed(v_panels, rows, dv_pad, n, dv);
+        const struct fa_left q_at = { q_left, d_pad }, dout_at = { dout_left, dv_pad };
+        const struct fa_right k_at = { k_panels, ops->nr, ops->nr * d_pad }, v_at = { v_panels, ops->nr, ops->nr * dv_pad };
+
+        double *scores = calloc((size_t)(FA_ROW_PAD * N), sizeof *scores);
+        for (int64_t r = 0; r < m; r++)
+            for (int64_t j = 0; j < n; j++)
+                for (int64_t c = 0; c < d; c++) scores[r * N + j] += (double)x[r * d + c] * y[j * d + c];
+        struct fa_score_terms terms;
+        void *bias = random_floats(FA_ROW_PAD * N, 0, 0);
+        uint8_t *mask = calloc(FA_ROW_PAD, N);
+        random_terms(&terms, bias, mask, m, n, factor, scores);
+
+        float max[FA_ROW_PAD], before[FA_ROW_PAD], sum[FA_ROW_PAD], *o = random_floats(FA_ROW_PAD * D, -1, 1), *o_before = copy_floats(o, FA_ROW_PAD * D);
+        for (int64_t r = 0; r < FA_ROW_PAD; r++) max[r] = before[r] = r % 3 ? -INFINITY : uniform(-20, 3), sum[r] = r % 3 ? 0 : 2;
+        if (ops->softmax_of_products(q_at, k_at, m, n, d, factor, &terms, scale, max, sum, (struct fa_result){ o, D }, D, (struct fa_left){ p, N })) {
+            done++;
+            for (int64_t r = 0; r < m; r++) {
+                const double alpha = r % 3 ? 1 : exp2(scale * ((double)before[r] - max[r]));
+                double total = r % 3 ? 0 : 2 * alpha;
+                for (int64_t j = 0; j < n; j++) {
+                    const double wanted = exp2(scale * (scores[r * N + j] - max[r]));
+                    worst = fmax(worst, fabs(fa_load(dtype, p, r * N + j) - wanted) / (wanted + 1e-6));
+                    total += wanted;
+                }
+                worst = fmax(worst, fabs(sum[r] - total) / total);
+                if (!(total < 2048)) worst = INFINITY;
+                for (int64_t c = 0; c < D && r % 3 == 0; c++)
+                    worst = fmax(worst, fabs(o[r * D + c] - alpha * o_before[r * D + c]) / (alpha + 1e-6));
+            }
+        }
+        float lse[FA_ROW_PAD], delta[FA_ROW_PAD], *ds = random_floats(FA_ROW_PAD * N, NAN, NAN);
+        struct fa_gradients t = { operand(ops, FA_ROW_PAD * N), operand(ops, FA_ROW_PAD * N), operand(ops, FA_ROW_PAD * N), true };
+        for (int64_t r = 0; r < m; r++) {
+            double top = -INFINITY;
+            for (int64_t j = 0; j < n; j++) top = fmax(top, scores[r * N + j]);
+            lse[r] = between(0, 5) ? (float)top + uniform(0, 2) : INFINITY, delta[r] = uniform(-1, 1);
+        }
+        if (ops->gradients_of_products(q_at, k_at, dout_at, v_at, m, n, d, dv, factor, &terms, scale, lse, delta, ds, t, N)) {
+            done++;
+            for (int64_t r = 0; r < FA_ROW_PAD; r++)
+                for (int64_t j = 0; j < n; j++) {
+                    double dp = 0;
+                    for (int64_t c = 0; c < dv && r < m; c++) dp += (double)dx[r * dv + c] * w[j * dv + c];
+                    const double wanted_p = r < m ? exp2(scale * (scores[r * N + j] - lse[r])) : 0, wanted = r < m ? wanted_p * (dp - delta[r]) : 0;
+                    worst_backward = fmax(worst_backward, fabs(right_at(ops, t.p, N, r, j) - wanted_p) / (1 + wanted_p));
+                    worst_backward = fmax(worst_backward, fabs(right_at(ops, t.ds_sum, N, r, j) - wanted) / (1 + fabs(wanted)));
+                    if (r >= m) continue;
+                    worst_backward = fmax(worst_backward, fabs(fa_load(dtype, t.ds, r * N + j) - wanted) / (1 + fabs(wanted)));
+                    if (terms.has_bias || terms.has_mask) worst_backward = fmax(worst_backward, fabs(ds[r * N + j] - wanted) / (1 + fabs(wanted)));
+                }
+        }
+        free(x); free(y); free(dx); free(w); free(q); free(k); free(dout); free(v); free(q_left); free(dout_left); free(rows); free(k_panels);
+        free(v_panels); free(p); free(scores); free(bias); free(mask); free(o); free(o_before); free(ds); free(t.p); free(t.ds); free(t.ds_sum);
+    }
+    if (done < 100) worst = INFINITY;
+    report("softmax_of_products", ops->isa, worst, precision(ops), 0, NULL);
+    report("gradients_of_products", ops->isa, worst_backward, precision(ops), 0, NULL);
+}
+
 /* tanh and ALiBi against libm in double, not only against each other. */
 static void check_score_rows(const struct fa_cpu_ops *ops)
 {
@@ -515,6 +608,7 @@ int main(int count, char **arguments)
         check_products(ops);
         check_softmax(ops);
         check_softmax_backward(ops);
+        check_joined_steps(ops);
         if (ops->leave) ops->leave();
         check_score_rows(ops);
         check_bias_and_mask(ops);
