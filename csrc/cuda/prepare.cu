@@ -8,6 +8,7 @@
  * Bound by memory: all loads of a thread are under way before the first is used. The last rows come first and out is not to stay, so
  * that L2 holds dout of the rows that the next kernel starts with. */
 #include "dq_layout.cuh"
+#include "overlap.cuh"
 #include "row.cuh"
 
 /* Eight lanes take ROWS rows, HELPER_ROWS apart, two chunks of each at a time. */
@@ -75,6 +76,7 @@ __global__ void __launch_bounds__(HELPER_THREADS, 3) prepare_kernel(const __grid
     const int i0 = r.i - (int)threadIdx.x / ROW_LANES, rows = min(padded(s.sq, a.row_pad) - i0, (int)PREPARE_ROWS);     /* of this block */
     bool exists[ROWS];
     float lse[ROWS], dlse[ROWS], sum[ROWS];
+    next_kernel_may_start();
     if (rows <= 0) return;
     #pragma unroll
     for (int n = 0; n < ROWS; n++) {
