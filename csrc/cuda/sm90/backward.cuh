@@ -14,6 +14,9 @@
  *     issue S(i), dP(i) | dK(i - 1) is done | P(i) behind dP(i) | issue dV(i) | dS(i) behind dV(i), to shared memory
  *     | the one whose turn it is: issue dQ(i - 1), dK(i), dQ(i - 1) goes out behind dK(i)        | else: issue dK(i)
  *
+ * Order. A block has one key tile or, where tiles are of one length and short, every gridDim.x-th: the next one's K, V and first queries
+ * then come while this one's results leave. backward.c decides.
+ *
  * Masks. Tiles that some key does not see whole set the scores of unseen pairs to -inf on their way to P. TMA fills rows outside
  * the tensors with zeros; rows of other sequences, which may hold NaN, are zeroed in shared memory before a product reads them. */
 #ifndef FA_SM90_BACKWARD_CUH
