@@ -1,5 +1,6 @@
 /* cuda/convert.cu: dq = scale * dq_accum, in the tensors' type and strides. dq_layout.cuh says where an element lies. */
 #include "dq_layout.cuh"
+#include "overlap.cuh"
 #include "row.cuh"
 
 /* Eight lanes take two rows of a block of 16, which share its lines. */
@@ -14,6 +15,7 @@ __global__ void __launch_bounds__(HELPER_THREADS) convert_kernel(const __grid_co
     const int i = (int)(blockIdx.x % per_head) * CONVERT_ROWS + pair / 8 * 16 + row8;
     const sequence s = sequence_of(p, b);
     if (i >= s.sq) return;
+    wait_for_last_kernel();
     const int64_t row = padded_row(a, s, b, head) + i - row8;
     const float factor = a.scale / dq_factor<T>();
     for (int c = threadIdx.x % ROW_LANES * CHUNK; c < p.d; c += ROW_LANES * CHUNK) {

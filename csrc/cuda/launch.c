@@ -296,11 +296,15 @@ static int64_t workspace(enum fa_pass pass, const struct fa_params *p)
 
 /* ---- the launches ---- */
 
-/* One kernel in the call's stream; none where there is nothing to do. */
-enum fa_status fa_cuda_launch(const char *name, const struct fa_cuda_kernel *kernel, int64_t blocks, int splits,
-                              const void *args, void *stream, struct fa_error *error)
+/* One kernel in the call's stream; none where there is nothing to do. `overlaps`: it may start while the one before it ends. */
+static enum fa_status launch(const char *name, const struct fa_cuda_kernel *kernel, int64_t blocks, int splits, const void *args,
+                             void *stream, bool overlaps, struct fa_error *error)
 {
-    const struct dim3 grid = { (unsigned)blocks, (unsigned)splits, 1 }, block = { (unsigned)kernel->threads, 1, 1 };
+    struct cudaLaunchAttribute_st overlap = {
+        .id = cudaLaunchAttributeProgrammaticStreamSerialization, .val.programmaticStreamSerializationAllowed = 1 };
+    const struct cudaLaunchConfig_st config = {
+        .gridDim = { (unsigned)blocks, (unsigned)splits, 1 }, .blockDim = { (unsigned)kernel->threads, 1, 1 },
+        .dynamicSmemBytes = (size_t)kernel->shared_bytes, .stream = stream, .attrs = &overlap, .numAttrs = overlaps };
     void *values[] = { (void *)args };
     enum fa_status status = FA_OK;
     if (blocks == 0) return FA_OK;
@@ -308,16 +312,27 @@ enum fa_status fa_cuda_launch(const char *name, const struct fa_cuda_kernel *ker
         status = fa_cuda_status(cudaFuncSetAttribute(kernel->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                      kernel->shared_bytes), "cudaFuncSetAttribute", error);
     if (status) return status;
-    return fa_cuda_status(cudaLaunchKernel(kernel->function, grid, block, values, (size_t)kernel->shared_bytes, stream),
-                          name, error);
+    return fa_cuda_status(cudaLaunchKernelExC(&config, kernel->function, values), name, error);
+}
+
+enum fa_status fa_cuda_launch(const char *name, const struct fa_cuda_kernel *kernel, int64_t blocks, int splits,
+                              const void *args, void *stream, struct fa_error *error)
+{
+    return launch(name, kernel, blocks, splits, args, stream, false, error);
 }
 
 /* A helper kernel over `rows` rows of every head. */
+static enum fa_status launch_rows(const char *name, fa_cuda_helper *helper, int64_t rows, const struct fa_cuda_args *args,
+                                  bool overlaps, struct fa_error *error)
+{
+    const struct fa_cuda_kernel *kernel = helper(args->p.dtype);
+    return launch(name, kernel, args->p.b * args->p.h * blocks_of(rows, kernel->block_m), 1, args, args->p.stream, overlaps, error);
+}
+
 enum fa_status fa_cuda_launch_rows(const char *name, fa_cuda_helper *helper, int64_t rows, const struct fa_cuda_args *args,
                                    struct fa_error *error)
 {
-    const struct fa_cuda_kernel *kernel = helper(args->p.dtype);
-    return fa_cuda_launch(name, kernel, args->p.b * args->p.h * blocks_of(rows, kernel->block_m), 1, args, args->p.stream, error);
+    return launch_rows(name, helper, rows, args, false, error);
 }
 
 /* Blocks for the gaps before, between and after the sequences; how long the gaps are only the device knows. */
@@ -366,14 +381,13 @@ static enum fa_status launch_bias_gradient(const struct fa_cuda_args *a, struct 
     return fa_cuda_launch("launch of the bias parts kernel", sum, blocks_of(elements_of(&a->p.dbias, &a->p), sum->block_m), 1, a, a->p.stream, error);
 }
 
-enum fa_status fa_cuda_run_backward(const struct fa_cuda_kernel *kernel, const void *args, const struct fa_cuda_args *a,
-                                    struct fa_error *error)
+enum fa_status fa_cuda_run_backward(const struct fa_cuda_kernel *kernel, int64_t blocks, const void *args, bool overlaps,
+                                    const struct fa_cuda_args *a, struct fa_error *error)
 {
-    const int64_t tiles = a->p.b * a->p.hk * a->n_tiles;
     enum fa_status status = launch_scores(a, error);
     if (!status) status = fa_cuda_launch_rows("launch of the prepare kernel", fa_cuda_prepare, pad(a->p.sq, a->row_pad), a, error);
-    if (!status) status = fa_cuda_launch("launch of the backward kernel", kernel, tiles, 1, args, a->p.stream, error);
-    if (!status) status = fa_cuda_launch_rows("launch of the convert kernel", fa_cuda_convert, a->p.sq, a, error);
+    if (!status) status = launch("launch of the backward kernel", kernel, blocks, 1, args, a->p.stream, overlaps, error);
+    if (!status) status = launch_rows("launch of the convert kernel", fa_cuda_convert, a->p.sq, a, overlaps, error);
     if (!status && a->p.dbias.ptr) status = launch_bias_gradient(a, error);
     if (!status && (a->p.cu_q || a->p.cu_k || a->p.seqused_k)) status = fa_cuda_launch_fill(fa_cuda_fill_backward, a, error);
     return status;
@@ -387,7 +401,9 @@ static enum fa_status run(enum fa_pass pass, const struct fa_params *p, struct f
     if (!status) status = fa_cuda_enter(p->device_index, &previous, error);
     if (status) return status;
     if (p->debug) status = fa_cuda_check_values(p, error);
-    if (!status) status = pass == FA_FORWARD ? run_forward(&plan, error) : fa_cuda_run_backward(&plan.kernel, &plan.args, &plan.args, error);
+    const int64_t key_tiles = plan.args.p.b * plan.args.p.hk * plan.args.n_tiles;
+    if (!status) status = pass == FA_FORWARD ? run_forward(&plan, error)
+                                             : fa_cuda_run_backward(&plan.kernel, key_tiles, &plan.args, false, &plan.args, error);
     fa_cuda_leave(p->device_index, previous);
     return status;
 }

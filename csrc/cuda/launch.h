@@ -49,11 +49,12 @@ void fa_cuda_plan_bias_gradient(struct fa_cuda_args *a, const struct fa_cuda_dev
 enum fa_status fa_cuda_launch_mask(const struct fa_cuda_args *a, struct fa_error *error);
 
 /* The backward's pieces of the workspace, by the sizes and the d_bucket in `a`, behind *bytes, which grows; rows are padded to
- * row_pad, the kernel's query tile. Then its launches: prepare | the kernel, over b hk n_tiles blocks and with `args` for its
- * parameter | convert | bias gradient, if wanted | fill, if packed or seqused_k. */
+ * row_pad, the kernel's query tile. Then its launches: prepare | the kernel, over `blocks` blocks and with `args` for its
+ * parameter | convert | bias gradient, if wanted | fill, if packed or seqused_k. `overlaps`: the kernel waits for prepare itself, see
+ * overlap.cuh. */
 void fa_cuda_plan_backward(struct fa_cuda_args *a, int row_pad, int64_t *bytes);
-enum fa_status fa_cuda_run_backward(const struct fa_cuda_kernel *kernel, const void *args, const struct fa_cuda_args *a,
-                                    struct fa_error *error);
+enum fa_status fa_cuda_run_backward(const struct fa_cuda_kernel *kernel, int64_t blocks, const void *args, bool overlaps,
+                                    const struct fa_cuda_args *a, struct fa_error *error);
 
 /* One head-dim bucket of a pass; `small` finds the tile for devices with little shared memory. */
 typedef const struct fa_cuda_kernel *fa_cuda_find(enum fa_dtype dtype, enum fa_variant variant, bool small);

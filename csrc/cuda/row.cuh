@@ -80,15 +80,18 @@ FA_DEVICE float row_sum(float x)
     return x;
 }
 
-/* Which row of which head this thread works on, in a grid of b h ceil(rows / HELPER_ROWS) blocks. */
+/* Which row of which head this thread of block `block` works on, in a grid of b h ceil(rows / block_rows) blocks; the first of several,
+ * which are HELPER_ROWS apart. */
 struct helper_row { int b, head, i, lane; };
 
-FA_DEVICE helper_row helper_row_of(const fa_cuda_args &a, int rows)
+FA_DEVICE helper_row helper_row_of(const fa_cuda_args &a, int block, int rows, int block_rows)
 {
-    const int per_head = (rows + HELPER_ROWS - 1) / HELPER_ROWS, batch_head = blockIdx.x / per_head;
+    const int per_head = (rows + block_rows - 1) / block_rows, batch_head = block / per_head;
     return { batch_head / (int)a.p.h, batch_head % (int)a.p.h,
-             (int)(blockIdx.x % per_head * HELPER_ROWS + threadIdx.x / ROW_LANES), (int)(threadIdx.x % ROW_LANES) };
+             (int)(block % per_head * block_rows + threadIdx.x / ROW_LANES), (int)(threadIdx.x % ROW_LANES) };
 }
+
+FA_DEVICE helper_row helper_row_of(const fa_cuda_args &a, int rows) { return helper_row_of(a, (int)blockIdx.x, rows, HELPER_ROWS); }
 
 /* Defines fa_cuda_<name>: the kernel name<T> of each type, `rows` rows a block. */
 #define FA_CUDA_HELPER(name, rows) \

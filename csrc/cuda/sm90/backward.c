@@ -7,7 +7,7 @@
 #include "backward_args.h"
 #include "kernels.h"
 
-enum { SECTION_BYTES = 16 << 20, BIAS_ROWS = 64 };
+enum { SECTION_BYTES = 16 << 20, BIAS_ROWS = 64, MOST_TILES_IN_TURN = 8 };
 
 static const struct bucket { int channels; fa_sm90_find_backward *find; } buckets[] = {
     { 64, fa_sm90_backward_64 }, { 96, fa_sm90_backward_96 }, { 128, fa_sm90_backward_128 }, { 192, fa_sm90_backward_192 },
@@ -23,7 +23,8 @@ static const struct bucket *bucket_of(const struct fa_params *p)
 }
 
 struct plan {
-    const struct fa_cuda_kernel *kernel, *bias_gradient;    /* NULL: sm80's, or none is wanted */
+    const struct fa_cuda_kernel *kernel;        /* blocks = 1: a block may work off several key tiles; 0: one each */
+    const struct fa_cuda_kernel *bias_gradient; /* NULL: sm80's, or none is wanted */
     struct fa_sm90_backward_args args;
     int64_t bytes;
 };
@@ -35,6 +36,9 @@ const struct fa_cuda_kernel *fa_sm90_backward_kernel(const struct fa_params *p)
     return bucket_of(p)->find(p->dtype, a.score_mod, a.keep256 < 256);
 }
 
+static bool is_bounded(const struct fa_cuda_args *a) { return a->window_left >= 0 || a->window_right >= 0; }
+static bool is_ragged(const struct fa_params *p) { return p->cu_q || p->cu_k || p->seqused_k; }
+
 /* Heads whose key tiles run side by side. Where tiles differ in length as many as L2 holds of q, dout and dq_accum, so that the
  * longest come first; else one after the other. */
 static int section_of(const struct fa_cuda_args *a)
@@ -42,7 +46,7 @@ static int section_of(const struct fa_cuda_args *a)
     const int64_t heads = a->p.b * a->p.hk, row = 2 * (a->p.d + a->p.d_v) + 4 * a->d_bucket;
     const int64_t section = SECTION_BYTES / (row * a->p.sq * a->group + 1);
     if (a->batch_fastest) return (int)a->p.b;               /* sequences that share a bias side by side */
-    if (a->window_left < 0 && a->window_right < 0) return 1;
+    if (!is_bounded(a)) return 1;
     return (int)(section < 1 ? 1 : section > heads ? heads : section);
 }
 
@@ -59,6 +63,17 @@ static const struct fa_cuda_kernel *bias_gradient_kernel(const struct fa_cuda_ar
     const struct fa_cuda_kernel *kernel = (a->d_bucket == 64 ? fa_sm90_bias_gradient_64 : fa_sm90_bias_gradient_128)(a->p.dtype);
     const bool vectors = t->stride_k == 1 && t->stride_q && (uintptr_t)t->ptr % 16 == 0 && (t->stride_q | t->stride_h | t->stride_b) % 8 == 0;
     return t->ptr && vectors && dbias_tiles(&a->p, kernel) >= device->multiprocessors ? kernel : NULL;
+}
+
+/* Tiles of one length go round among as many blocks as run at a time, so that one's loads run behind another's end: where a block's
+ * steps are few; with many, the hardware's order is better. Blocks that wait for each other (deterministic) must not depend on how
+ * many run. */
+static int64_t blocks_of(const struct plan *plan, const struct fa_cuda_device *device)
+{
+    const struct fa_cuda_args *a = &plan->args.a;
+    const int64_t tiles = a->p.b * a->p.hk * a->n_tiles;
+    const bool alike = !is_bounded(a) && !is_ragged(&a->p) && !a->p.deterministic && a->n_tiles <= MOST_TILES_IN_TURN;
+    return plan->kernel->blocks && alike && tiles > device->multiprocessors ? device->multiprocessors : tiles;
 }
 
 static void make_plan(const struct fa_params *p, const struct fa_cuda_device *device, struct plan *plan)
@@ -134,7 +149,7 @@ enum fa_status fa_sm90_backward(const struct fa_params *p, struct fa_error *erro
     if (!status && plan.args.mask_boxes) status = encode_mask(&plan, error);
     struct fa_cuda_args others = plan.args.a;               /* what the kernels of sm_80 get */
     if (plan.bias_gradient) others.p.dbias.ptr = NULL;
-    if (!status) status = fa_cuda_run_backward(plan.kernel, &plan.args, &others, error);
+    if (!status) status = fa_cuda_run_backward(plan.kernel, blocks_of(&plan, device), &plan.args, true, &others, error);
     if (!status && plan.bias_gradient) status = launch_bias_gradient(&plan, device, error);
     fa_cuda_leave(p->device_index, previous);
     return status;

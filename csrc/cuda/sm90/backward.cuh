@@ -14,6 +14,9 @@
  *     issue S(i), dP(i) | dK(i - 1) is done | P(i) behind dP(i) | issue dV(i) | dS(i) behind dV(i), to shared memory
  *     | the one whose turn it is: issue dQ(i - 1), dK(i), dQ(i - 1) goes out behind dK(i)        | else: issue dK(i)
  *
+ * Order. A block has one key tile or, where tiles are of one length and short, every gridDim.x-th: the next one's K, V and first queries
+ * then come while this one's results leave. backward.c decides.
+ *
  * Masks. Tiles that some key does not see whole set the scores of unseen pairs to -inf on their way to P. TMA fills rows outside
  * the tensors with zeros; rows of other sequences, which may hold NaN, are zeroed in shared memory before a product reads them. */
 #ifndef FA_SM90_BACKWARD_CUH
@@ -21,25 +24,25 @@
 
 #include "backward_roles.cuh"
 
-FA_SM90_BACKWARD_WALK::consume()
+FA_SM90_BACKWARD_WALK::consume(int step0, int tile)
 {
     const int group = __shfl_sync(0xffffffff, threadIdx.x / 128 - 1, 0), row16 = group * 64 + (threadIdx.x >> 5 & 3) * 16;
-    const int key = j0 + row16 + (threadIdx.x >> 2 & 7), total = steps();
+    const int key = j0 + row16 + (threadIdx.x >> 2 & 7), end = step0 + steps();
     const uint32_t own_k = shared + Shared::K + group * 64 * 128, own_v = shared + Shared::V + group * 64 * 128;
     float dk[D / 2], dv[D / 2];
     #pragma unroll
     for (int e = 0; e < D / 2; e++) dk[e] = dv[e] = 0.0f;
 
-    if (total > 0) zero_keys();
+    if (end > step0) zero_keys(tile);
     uint32_t k_left[KV_STEPS][4], v_left[KV_STEPS][4];
-    if (Tile::KV_REGISTERS && total > 0) {
+    if (Tile::KV_REGISTERS && end > step0) {
         read_keys(k_left, shared + Shared::K, row16);
         read_keys(v_left, shared + Shared::V, row16);
     }
-    position before = start();
+    position before = start(step0);
     uint32_t ds_left[QT][4] = {};
     #pragma unroll 1
-    for (position at = start(); at.step < total; advance_to_next(at)) {
+    for (position at = start(step0); at.step < end; advance_to_next(at)) {
         const int stage = at.step % STAGES, parity = at.step / STAGES % 2, i0 = at.m * BLOCK_M;
         const uint32_t q_tile = shared + Shared::Q + stage * Shared::Q_BYTES, do_tile = shared + Shared::DO + stage * Shared::Q_BYTES;
         const bool masked = first_key(a, seq, min(i0 + BLOCK_M, seq.sq) - 1) > j0 || last_key(a, seq, i0) < j0 + BLOCK_N;
@@ -60,7 +63,7 @@ FA_SM90_BACKWARD_WALK::consume()
             wgmma_wait<2>();
             wgmma_result(dk);
             keep(ds_left);
-            if (at.step > 0) warp_arrive(Shared::Q_FREE + 8 * ((at.step - 1) % STAGES));
+            if (at.step > step0) warp_arrive(Shared::Q_FREE + 8 * ((at.step - 1) % STAGES));
         }
         wgmma_wait<1>();
         wgmma_result(s);
@@ -75,7 +78,7 @@ FA_SM90_BACKWARD_WALK::consume()
         store_ds(shared + Shared::DS + at.step % 2 * Shared::DS_BYTES, ds_left, row16);
         fence_proxy_async();
         warp_arrive(Shared::DS_FULL + 8 * (at.step % 2));
-        if (at.step > 0 && makes_dq(group, before.step)) {
+        if (at.step > step0 && makes_dq(group, before.step)) {
             float dq[D / 2] = {};
             wgmma_wait<0>();
             wgmma_result(dv);
@@ -88,7 +91,7 @@ FA_SM90_BACKWARD_WALK::consume()
             wgmma_wait<1>();
             wgmma_result(dq);
             warp_arrive(Shared::DS_FREE + 8 * (before.step % 2));
-            add_dq<D>(dq, before, group, ALTERNATE ? before.step / GROUPS : before.step, 0);
+            add_dq<D>(dq, before, group, products_before(group, before.step), 0);
         } else {
             wgmma_fence();
             accumulate(dk, ds_left, q_tile);
@@ -107,19 +110,59 @@ FA_SM90_BACKWARD_WALK::consume()
     wgmma_wait<0>();
     wgmma_result(dk);
     keep(ds_left);
-    if (total > 0 && makes_dq(group, before.step)) {
+    int done = end;
+    asm volatile("" : "+r"(done));              /* else "end > step0" is held through the loop: spills */
+    if (DK_BEHIND && done > step0) warp_arrive(Shared::Q_FREE + 8 * (before.step % STAGES));
+    if (done > step0 && makes_dq(group, before.step)) {
         float dq[D / 2] = {};
         mbarrier_wait(shared + Shared::DS_FULL + 8 * (before.step % 2), before.step / 2 % 2);
         wgmma_fence();
         query_product<D>(dq, ds_rows(group, before.step), 0);
         wgmma_wait<0>();
         wgmma_result(dq);
-        add_dq<D>(dq, before, group, ALTERNATE ? before.step / GROUPS : before.step, 0);
+        warp_arrive(Shared::DS_FREE + 8 * (before.step % 2));
+        add_dq<D>(dq, before, group, products_before(group, before.step), 0);
     }
-    barrier_sync(GROUP + group, 128);       /* all its warps are done with the rows of V that carry the results out */
-    store(dv, shared + Shared::V, row16, DROPOUT ? a.kept : 1.0f, a.p.dv, (int)a.p.d_v, a.aligned_dv);
-    store(dk, shared + Shared::V, row16, a.scale, a.p.dk, (int)a.p.d, a.aligned_dk);
-    if (Tile::BULK_DQ) bulk_wait_read<0>();
+    if (done > step0) {                         /* the next key tile may come */
+        warp_arrive(Shared::K_FREE);
+        warp_arrive(Shared::V_FREE);
+    }
+    if constexpr (!PERSISTENT) {                /* the results leave through this warp's rows of V, which its warpgroup alone reads */
+        barrier_sync(GROUP + group, 128);
+        store<BLOCK_N>(dv, shared + Shared::V + row16 * 128, row16, DROPOUT ? a.kept : 1.0f, a.p.dv, (int)a.p.d_v, a.aligned_dv);
+        store<BLOCK_N>(dk, shared + Shared::V + row16 * 128, row16, a.scale, a.p.dk, (int)a.p.d, a.aligned_dk);
+        if (Tile::BULK_DQ) bulk_wait_read<0>();
+        return;
+    }
+    /* The results leave through this warp's place for dQ: V's is the next key tile's. */
+    const int warp = thread_anew() / 32 - 4, out_group = warp / 4, products = products_before(out_group, done);
+    if (!a.p.deterministic) bulk_wait_read<0>();
+    else if (products > 0) mbarrier_wait(shared + Shared::DQ_FREE + 8 * out_group, products % 2 ^ 1);
+    __syncwarp();
+    const uint32_t place = shared + Shared::DQ + warp * 64 * D;
+    store<16>(dv, place, 16 * warp, DROPOUT ? a.kept : 1.0f, a.p.dv, (int)a.p.d_v, a.aligned_dv);
+    store<16>(dk, place, 16 * warp, a.scale, a.p.dk, (int)a.p.d, a.aligned_dk);
+}
+
+/* This block's key tiles, one by one, with the steps and the tiles with steps before each. */
+template <class Block, class Work> FA_DEVICE void walk(const fa_sm90_backward_args &args, uint32_t shared, Work work)
+{
+    const fa_cuda_args &a = args.a;
+    const int heads = (int)(a.p.b * a.p.hk), per_section = args.section * a.n_tiles;
+    int step = 0, tile = 0, zeroed = 0;
+    #pragma unroll 1
+    for (int at = blockIdx.x; at < heads * a.n_tiles; at += gridDim.x) {
+        const int first = at / per_section * args.section, in_section = min(args.section, heads - first);
+        const int rest = at % per_section, batch_head = first + rest % in_section, n = rest / in_section;
+        const bool batch_fastest = Block::ADDED && a.batch_fastest;
+        Block block(args, shared, batch_fastest ? batch_head % (int)a.p.b : batch_head / (int)a.p.hk,
+                    batch_fastest ? batch_head / (int)a.p.b : batch_head % (int)a.p.hk, a.p.deterministic ? a.n_tiles - 1 - n : n, zeroed);
+        if (block.j0 >= block.seq.k_rows) continue;
+        work(block, step, tile);
+        step += block.steps();
+        tile += block.steps() > 0;
+        if (!Block::PERSISTENT) return;
+    }
 }
 
 /* Sections of heads one after the other; in a section key tiles ascend, the longest first if causal, heads innermost. */
@@ -131,28 +174,26 @@ __global__ void __launch_bounds__(128 * (Tile::GROUPS + 1), 1) sm90_backward_ker
     const fa_cuda_args &a = args.a;
     const uint32_t shared = shared_address(dynamic);
     if (shared % 1024) __trap();                /* TMA's swizzle counts from here */
-    const int heads = (int)(a.p.b * a.p.hk), per_section = args.section * a.n_tiles;
-    const int first = blockIdx.x / per_section * args.section, in_section = min(args.section, heads - first);
-    const int rest = blockIdx.x % per_section, batch_head = first + rest % in_section;
-    const bool batch_fastest = Tile::ADDED && a.batch_fastest;
-    kernel block(args, shared, batch_fastest ? batch_head % (int)a.p.b : batch_head / (int)a.p.hk,
-                 batch_fastest ? batch_head / (int)a.p.b : batch_head % (int)a.p.hk, a.p.deterministic ? a.n_tiles - 1 - rest / in_section : rest / in_section);
-    if (block.j0 >= block.seq.k_rows) return;
     if (threadIdx.x == 0) kernel::init_barriers(shared);
     __syncthreads();
+    wait_for_last_kernel();                     /* prepare.cu's results */
+    next_kernel_may_start();
     if (threadIdx.x < 128) {
         fewer_registers<Tile::PRODUCER_REGISTERS>();
         const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
         if (warp == 0) {
-            if (elect_one()) block.produce();
+            if (elect_one()) walk<kernel>(args, shared, [](kernel &block, int step, int tile) { block.produce(step, tile); });
         } else if constexpr (Tile::BULK_DQ) {
-            if (warp <= Tile::GROUPS && a.p.deterministic && elect_one()) block.add_in_turn(warp - 1);
+            if (warp <= Tile::GROUPS && a.p.deterministic && elect_one())
+                walk<kernel>(args, shared, [warp](kernel &block, int step, int) { block.add_in_turn(warp - 1, step); });
         }
     } else {
         more_registers<Tile::REGISTERS>();
-        if constexpr (Tile::ROLES == 1) block.consume();
-        else if (threadIdx.x < 256) block.consume_values();
-        else block.consume_keys();
+        walk<kernel>(args, shared, [](kernel &block, int step, int tile) {
+            if constexpr (Tile::ROLES == 1) block.consume(step, tile);
+            else if (threadIdx.x < 256) block.consume_values();
+            else block.consume_keys();
+        });
     }
 }
 

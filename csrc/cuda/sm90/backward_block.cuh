@@ -5,6 +5,7 @@
 
 #include "../dq_layout.cuh"
 #include "../mask.cuh"
+#include "../overlap.cuh"
 #include "../score.cuh"
 #include "backward_args.h"
 #include "backward_config.h"
@@ -21,10 +22,11 @@ template <int D, class Tile> struct sm90_backward_shared {
         DQ = DS + 2 * DS_BYTES, P = DQ + Tile::GROUPS * DQ_BYTES, BIAS = P + 2 * P_BYTES,
         MASK = BIAS + STAGES * BIAS_BYTES, LSE2 = MASK + STAGES * MASK_BYTES, DELTA = LSE2 + STAGES * BLOCK_M * 4,
         BARRIERS = DELTA + STAGES * BLOCK_M * 4,
-        K_FULL = BARRIERS, V_FULL = K_FULL + 8, Q_FULL = V_FULL + 8, DO_FULL = Q_FULL + 8 * STAGES,
+        K_FULL = BARRIERS, V_FULL = K_FULL + 8, K_FREE = V_FULL + 8, V_FREE = K_FREE + 8, Q_FULL = V_FREE + 8, DO_FULL = Q_FULL + 8 * STAGES,
         Q_FREE = DO_FULL + 8 * STAGES, DO_FREE = Q_FREE + 8 * STAGES, DS_FULL = DO_FREE + 8 * STAGES, DS_FREE = DS_FULL + 16,
         DQ_FULL = DS_FREE + 16, DQ_FREE = DQ_FULL + 8 * Tile::GROUPS,
-        DQ_NOTE = (DQ_FREE + 8 * Tile::GROUPS + 15) / 16 * 16, HIDDEN = DQ_NOTE + 16 * Tile::GROUPS,
+        P_FULL = DQ_FREE + 8 * Tile::GROUPS, P_FREE = P_FULL + 16, ZEROED = P_FREE + 16,
+        DQ_NOTE = (ZEROED + 8 + 15) / 16 * 16, HIDDEN = DQ_NOTE + 16 * Tile::GROUPS,
         BYTES = HIDDEN + (Tile::ADDED ? 4 * STAGES : 0),
     };
     static_assert(BYTES <= 232448, "a block's limit");
@@ -35,11 +37,12 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
     enum : int {
         GROUPS = Tile::GROUPS, THREADS = 128 * (GROUPS + 1), CONSUMERS = 128 * GROUPS,
         ROLES = Tile::ROLES, BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, STAGES = Shared::STAGES, PANELS = Shared::PANELS,
+        ADDED = Tile::ADDED,
         NT = BLOCK_M / 8, QT = BLOCK_M / 16, DT = D / 8, KV_STEPS = Tile::KV_REGISTERS ? D / 16 : 1,
         ALTERNATE = BLOCK_M == 64,      /* the warpgroups take turns at dQ, else each has 64 of its rows */
         DK_BEHIND = BLOCK_M == 64 && (D < 128 || !(MODS || DROPOUT || Tile::ADDED)),  /* dK runs into the next step: where registers last */
-        /* named barriers */
-        READY = 1, FREE = READY + GROUPS, ALL = FREE + GROUPS, GROUP = ALL + 1, P_READY = GROUP + GROUPS, P_FREE = P_READY + 2,
+        PERSISTENT = ROLES == 1 && !(MODS && D == 128) && !Tile::ADDED,        /* takes any number of key tiles, one by one */
+        GROUP = 1,                      /* named barriers, of a warpgroup each */
     };
 
     const fa_sm90_backward_args &args;
@@ -48,9 +51,10 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
     const int b, kv_head, j0;
     const sequence seq;
     int m_first, m_last;                    /* query tiles [first, last) */
+    int &zeroed;                            /* how often this block has zeroed rows */
 
-    __device__ __forceinline__ sm90_backward(const fa_sm90_backward_args &args_, uint32_t shared_, int batch, int kv, int n)
-        : args(args_), a(args_.a), shared(shared_), b(batch), kv_head(kv), j0(n * BLOCK_N), seq(sequence_of(a.p, batch))
+    __device__ __forceinline__ sm90_backward(const fa_sm90_backward_args &args_, uint32_t shared_, int batch, int kv, int n, int &zeroed_)
+        : args(args_), a(args_.a), shared(shared_), b(batch), kv_head(kv), j0(n * BLOCK_N), seq(sequence_of(a.p, batch)), zeroed(zeroed_)
     {
         const int j_end = min(j0 + BLOCK_N, seq.sk) - 1;
         const bool used = j0 < seq.sk;
@@ -70,10 +74,10 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
     }
 
     /* Where a walk over the query tiles of the group's heads is; those that the mask shows nothing of are passed over. */
-    struct position { int head, m, step; };
-    __device__ __forceinline__ position start() const
+    struct position { int head, m, step; };         /* step counts on from one key tile to the block's next */
+    __device__ __forceinline__ position start(int step) const
     {
-        position at = { kv_head * a.group, m_first, 0 };
+        position at = { kv_head * a.group, m_first, step };
         if (skips()) find_visible(at);
         return at;
     }
@@ -96,6 +100,9 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
     {
         mbarrier_init(shared + Shared::K_FULL, 1);
         mbarrier_init(shared + Shared::V_FULL, 1);
+        mbarrier_init(shared + Shared::K_FREE, 4 * GROUPS);
+        mbarrier_init(shared + Shared::V_FREE, 4 * GROUPS);
+        mbarrier_init(shared + Shared::ZEROED, 4 * GROUPS);
         for (int s = 0; s < STAGES; s++) {
             mbarrier_init(shared + Shared::Q_FULL + 8 * s, 1);
             mbarrier_init(shared + Shared::DO_FULL + 8 * s, 1);
@@ -103,8 +110,10 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
             mbarrier_init(shared + Shared::DO_FREE + 8 * s, 4 * GROUPS);
         }
         for (int s = 0; s < 2; s++) {
-            mbarrier_init(shared + Shared::DS_FULL + 8 * s, 4 * GROUPS);
+            mbarrier_init(shared + Shared::DS_FULL + 8 * s, ROLES == 2 ? 4 : 4 * GROUPS);
             mbarrier_init(shared + Shared::DS_FREE + 8 * s, ALTERNATE ? 4 : 4 * GROUPS);
+            mbarrier_init(shared + Shared::P_FULL + 8 * s, 4);
+            mbarrier_init(shared + Shared::P_FREE + 8 * s, 4);
         }
         for (int g = 0; g < GROUPS; g++) {
             mbarrier_init(shared + Shared::DQ_FULL + 8 * g, 4);
@@ -150,18 +159,25 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
                      at.head * args.bias_h, b * args.bias_b, barrier, EVICT_NORMAL);
     }
 
-    __device__ __forceinline__ void produce()
+    /* `first` and `tile` count the steps and the key tiles with steps that this block has worked off. */
+    __device__ __forceinline__ void produce(int first, int tile)
     {
-        const int total = steps();
+        const int end = first + steps();
         #pragma unroll 1
-        for (position at = start(); at.step < total; advance_to_next(at)) {
+        for (position at = start(first); at.step < end; advance_to_next(at)) {
             const int s = at.step % STAGES, parity = at.step / STAGES % 2 ^ 1;
-            if (at.step == 0) load_keys(args.k, shared + Shared::K, shared + Shared::K_FULL);
+            if (at.step == first) {
+                mbarrier_wait(shared + Shared::K_FREE, tile % 2 ^ 1);
+                load_keys(args.k, shared + Shared::K, shared + Shared::K_FULL);
+            }
             mbarrier_wait(shared + Shared::Q_FREE + 8 * s, parity);
             if (Tile::ADDED) load_added(at, s, shared + Shared::Q_FULL + 8 * s);
             load_queries(args.q, shared + Shared::Q + s * Shared::Q_BYTES, a.lse2, shared + Shared::LSE2 + s * BLOCK_M * 4,
                          at, shared + Shared::Q_FULL + 8 * s);
-            if (at.step == 0) load_keys(args.v, shared + Shared::V, shared + Shared::V_FULL);
+            if (at.step == first) {
+                mbarrier_wait(shared + Shared::V_FREE, tile % 2 ^ 1);
+                load_keys(args.v, shared + Shared::V, shared + Shared::V_FULL);
+            }
             mbarrier_wait(shared + Shared::DO_FREE + 8 * s, parity);
             load_queries(args.dout, shared + Shared::DO + s * Shared::Q_BYTES, a.delta, shared + Shared::DELTA + s * BLOCK_M * 4,
                          at, shared + Shared::DO_FULL + 8 * s);
@@ -187,8 +203,8 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
             for (int at = rows * 128 + (threadIdx.x - 128) * 16; at < ROWS * 128; at += CONSUMERS * 16)
                 store_shared_16(tile + p * ROWS * 128 + at, make_uint4(0, 0, 0, 0));
         fence_proxy_async();
-        __syncwarp();
-        barrier_sync(ALL, CONSUMERS);
+        warp_arrive(Shared::ZEROED);
+        mbarrier_wait(shared + Shared::ZEROED, zeroed++ % 2);
     }
 
     /* S^T or dP^T (64 keys, BLOCK_M) = keys queries^T. */
@@ -440,11 +456,10 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
     }
 
     /* The deterministic sums of one consumer warpgroup, by one thread of the producer's. */
-    __device__ __forceinline__ void add_in_turn(int group) const
+    __device__ __forceinline__ void add_in_turn(int group, int first) const
     {
-        const int total = steps(), count = ALTERNATE ? (total + GROUPS - 1 - group) / GROUPS : total;
         #pragma unroll 1
-        for (int n = 0; n < count; n++) {
+        for (int n = products_before(group, first); n < products_before(group, first + steps()); n++) {
             mbarrier_wait(shared + Shared::DQ_FULL + 8 * group, n % 2);
             const uint4 note = load_shared_16(shared + Shared::DQ_NOTE + 16 * group);
             const int64_t row = (int64_t)note.x << 32 | note.y;
@@ -457,25 +472,27 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
         }
     }
 
-    /* dK or dV of this warp's keys, through rows of `tile` that no other warp touches. Keys in no use get 0. */
-    __device__ __forceinline__ void store(const float (&x)[D / 2], uint32_t tile, int row16, float factor, const fa_tensor &t, int d,
+    /* dK or dV of this warp's 16 keys from `row16` of the block, through 16 rows of panels of PANEL_ROWS rows at `place`, which no
+     * other warp touches. Keys in no use get 0. */
+    template <int PANEL_ROWS>
+    __device__ __forceinline__ void store(const float (&x)[D / 2], uint32_t place, int row16, float factor, const fa_tensor &t, int d,
                                           bool aligned)
     {
         const int lane = threadIdx.x & 31;
-        const int row = row16 + (lane >> 3 & 1) * 8 + (lane & 7), key = j0 + row16 + (lane >> 2);
+        const int row = (lane >> 3 & 1) * 8 + (lane & 7), key = j0 + row16 + (lane >> 2);
         const float scale[2] = { key < seq.sk ? factor : 0.0f, key + 8 < seq.sk ? factor : 0.0f };
         #pragma unroll
         for (int q = 0; q < DT / 2; q++)
-            stmatrix(tile + q / 4 * BLOCK_N * 128 + row * 128 + (((q % 4 * 2 + (lane >> 4)) ^ (row & 7)) << 4),
+            stmatrix(place + q / 4 * PANEL_ROWS * 128 + row * 128 + (((q % 4 * 2 + (lane >> 4)) ^ (row & 7)) << 4),
                      pack<T>(x[8 * q] * scale[0], x[8 * q + 1] * scale[0]), pack<T>(x[8 * q + 2] * scale[1], x[8 * q + 3] * scale[1]),
                      pack<T>(x[8 * q + 4] * scale[0], x[8 * q + 5] * scale[0]), pack<T>(x[8 * q + 6] * scale[1], x[8 * q + 7] * scale[1]));
         __syncwarp();
         uint16_t *to = (uint16_t *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + j0 + row16) * t.stride_s + kv_head * t.stride_h;
         #pragma unroll 4
         for (int at = lane; at < 16 * DT; at += 32) {
-            const int r = at / DT, chunk = at % DT, in_tile = row16 + r, left = d - chunk * 8;
-            if (j0 + in_tile >= seq.k_rows || left <= 0) continue;
-            const uint4 words = load_shared_16(tile + chunk / 8 * BLOCK_N * 128 + in_tile * 128 + ((chunk % 8 ^ (in_tile & 7)) << 4));
+            const int r = at / DT, chunk = at % DT, left = d - chunk * 8;
+            if (j0 + row16 + r >= seq.k_rows || left <= 0) continue;
+            const uint4 words = load_shared_16(place + chunk / 8 * PANEL_ROWS * 128 + r * 128 + ((chunk % 8 ^ (r & 7)) << 4));
             uint16_t *dst = to + r * t.stride_s + chunk * 8;
             if (aligned && left >= 8) {
                 *(uint4 *)dst = words;
@@ -496,6 +513,11 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
         for (int i = 0; i < 4 * QT; i++) asm volatile("" : "+r"(x[i / 4][i % 4]) :: "memory");
     }
 
+    /* How many (shares) of dQ a warpgroup makes in the steps before `step`. */
+    __device__ __forceinline__ static int products_before(int group, int step)
+    {
+        return ALTERNATE ? (step + GROUPS - 1 - group) / GROUPS : step;
+    }
     /* Whether a warpgroup makes (its share of) a step's dQ, which 64 of its rows, and their dS. */
     __device__ __forceinline__ static bool makes_dq(int group, int step) { return !ALTERNATE || group == step % GROUPS; }
     __device__ __forceinline__ static int dq_row(int group) { return ALTERNATE ? 0 : 64 * group; }
@@ -505,10 +527,10 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
     }
 
     /* Zeroes what lies behind the sequences in the tiles that are here. */
-    __device__ __forceinline__ void zero_keys()
+    __device__ __forceinline__ void zero_keys(int tile)
     {
-        mbarrier_wait(shared + Shared::K_FULL, 0);
-        mbarrier_wait(shared + Shared::V_FULL, 0);
+        mbarrier_wait(shared + Shared::K_FULL, tile % 2);
+        mbarrier_wait(shared + Shared::V_FULL, tile % 2);
         if ((a.p.cu_k || a.p.seqused_k) && j0 + BLOCK_N > seq.sk) {
             zero_rows<BLOCK_N>(shared + Shared::K, seq.sk - j0);
             zero_rows<BLOCK_N>(shared + Shared::V, seq.sk - j0);
@@ -527,10 +549,10 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
 
     enum : int { DQ_VALUES = D <= 192 ? 64 : 128, DQ_KEYS = D - DQ_VALUES };     /* channels of dQ by role */
 
-    __device__ void consume();
+    __device__ void consume(int first, int tile);
     __device__ void consume_values();
     __device__ void consume_keys();
-    __device__ void values_dq(float (&dq)[DQ_VALUES / 2], const position &at, int total);
+    __device__ void values_dq(float (&dq)[DQ_VALUES / 2], const position &at);
 };
 
 /* Opens the definition of a walk. */

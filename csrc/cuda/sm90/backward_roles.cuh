@@ -12,14 +12,14 @@
 #include "backward_block.cuh"
 
 /* dQ's first channels of a step, whose dS may have been waiting for a while. */
-FA_SM90_BACKWARD_WALK::values_dq(float (&dq)[DQ_VALUES / 2], const position &at, int total)
+FA_SM90_BACKWARD_WALK::values_dq(float (&dq)[DQ_VALUES / 2], const position &at)
 {
-    barrier_sync(READY + at.step % 2, CONSUMERS);
+    mbarrier_wait(shared + Shared::DS_FULL + 8 * (at.step % 2), at.step / 2 % 2);
     wgmma_fence();
     query_product<DQ_VALUES>(dq, shared + Shared::DS + at.step % 2 * Shared::DS_BYTES, 0);
     wgmma_wait<0>();
     wgmma_result(dq);
-    if (at.step + 2 < total) barrier_arrive(FREE + at.step % 2, CONSUMERS);
+    warp_arrive(Shared::DS_FREE + 8 * (at.step % 2));
     add_dq<DQ_VALUES>(dq, at, 0, 0, 0);
 }
 
@@ -28,10 +28,10 @@ FA_SM90_BACKWARD_WALK::consume_values()
     const int row16 = (threadIdx.x >> 5 & 3) * 16, key = j0 + row16 + (threadIdx.x >> 2 & 7), total = steps();
     const uint32_t exchange = shared + Shared::P + threadIdx.x % 128 * 16;
     float dv[D / 2] = {};
-    position before = start();
-    if (total > 0) zero_keys();
+    position before = start(0);
+    if (total > 0) zero_keys(0);
     #pragma unroll 1
-    for (position at = start(); at.step < total; advance_to_next(at)) {
+    for (position at = start(0); at.step < total; advance_to_next(at)) {
         const int stage = at.step % STAGES, parity = at.step / STAGES % 2, i0 = at.m * BLOCK_M;
         const uint32_t q_tile = shared + Shared::Q + stage * Shared::Q_BYTES, do_tile = shared + Shared::DO + stage * Shared::Q_BYTES;
         const bool masked = first_key(a, seq, min(i0 + BLOCK_M, seq.sq) - 1) > j0 || last_key(a, seq, i0) < j0 + BLOCK_N;
@@ -47,7 +47,7 @@ FA_SM90_BACKWARD_WALK::consume_values()
             wgmma_result(s);
             probabilities(s, left, flags, at, key, masked, shared + Shared::LSE2 + stage * BLOCK_M * 4);
             warp_arrive(Shared::Q_FREE + 8 * stage);
-            if (at.step >= 2) barrier_sync(P_FREE + at.step % 2, CONSUMERS);
+            mbarrier_wait(shared + Shared::P_FREE + 8 * (at.step % 2), at.step / 2 % 2 ^ 1);
             #pragma unroll
             for (int q = 0; q < QT; q++) {
                 uint32_t p[4];
@@ -57,14 +57,14 @@ FA_SM90_BACKWARD_WALK::consume_values()
                                                : pack<T>(s[8 * q + x / 2 * 4 + x % 2 * 2], s[8 * q + x / 2 * 4 + x % 2 * 2 + 1]);
                 store_shared_16(exchange + at.step % 2 * Shared::P_BYTES + q * 2048, make_uint4(p[0], p[1], p[2], p[3]));
             }
-            barrier_arrive(P_READY + at.step % 2, CONSUMERS);
+            warp_arrive(Shared::P_FULL + 8 * (at.step % 2));
         }
         mbarrier_wait(shared + Shared::DO_FULL + 8 * stage, parity);
         wgmma_fence();
         accumulate(dv, left, do_tile);
         if (at.step > 0) {
             float dq[DQ_VALUES / 2] = {};
-            values_dq(dq, before, total);
+            values_dq(dq, before);
         }
         wgmma_wait<0>();
         wgmma_result(dv);
@@ -74,10 +74,12 @@ FA_SM90_BACKWARD_WALK::consume_values()
     }
     if (total > 0) {
         float dq[DQ_VALUES / 2] = {};
-        values_dq(dq, before, total);
+        values_dq(dq, before);
     }
-    barrier_sync(ALL, CONSUMERS);           /* nobody reads V any more */
-    store(dv, shared + Shared::V, row16, DROPOUT ? a.kept : 1.0f, a.p.dv, (int)a.p.d_v, a.aligned_dv);
+    warp_arrive(Shared::K_FREE);
+    warp_arrive(Shared::V_FREE);
+    mbarrier_wait(shared + Shared::V_FREE, 0);              /* nobody reads V any more */
+    store<BLOCK_N>(dv, shared + Shared::V + row16 * 128, row16, DROPOUT ? a.kept : 1.0f, a.p.dv, (int)a.p.d_v, a.aligned_dv);
 }
 
 FA_SM90_BACKWARD_WALK::consume_keys()
@@ -85,9 +87,9 @@ FA_SM90_BACKWARD_WALK::consume_keys()
     const int row16 = (threadIdx.x >> 5 & 3) * 16, total = steps();
     const uint32_t exchange = shared + Shared::P + threadIdx.x % 128 * 16;
     float dk[D / 2] = {};
-    if (total > 0) zero_keys();
+    if (total > 0) zero_keys(0);
     #pragma unroll 1
-    for (position at = start(); at.step < total; advance_to_next(at)) {
+    for (position at = start(0); at.step < total; advance_to_next(at)) {
         const int stage = at.step % STAGES, parity = at.step / STAGES % 2, i0 = at.m * BLOCK_M;
         const uint32_t q_tile = shared + Shared::Q + stage * Shared::Q_BYTES, do_tile = shared + Shared::DO + stage * Shared::Q_BYTES;
         const uint32_t ds_tile = shared + Shared::DS + at.step % 2 * Shared::DS_BYTES;
@@ -99,27 +101,27 @@ FA_SM90_BACKWARD_WALK::consume_keys()
             mbarrier_wait(shared + Shared::DO_FULL + 8 * stage, parity);
             wgmma_fence();
             product(dp, shared + Shared::V, do_tile);
-            barrier_sync(P_READY + at.step % 2, CONSUMERS);
+            mbarrier_wait(shared + Shared::P_FULL + 8 * (at.step % 2), at.step / 2 % 2);
             #pragma unroll
             for (int q = 0; q < QT; q++) {
                 const uint4 p = load_shared_16(exchange + at.step % 2 * Shared::P_BYTES + q * 2048);
                 left[q][0] = p.x, left[q][1] = p.y, left[q][2] = p.z, left[q][3] = p.w;
             }
             unpack_left(s, left);
-            if (at.step + 2 < total) barrier_arrive(P_FREE + at.step % 2, CONSUMERS);
+            warp_arrive(Shared::P_FREE + 8 * (at.step % 2));
             wgmma_wait<0>();
             wgmma_result(dp);
             score_gradients(left, dp, s, shared + Shared::DELTA + stage * BLOCK_M * 4);
             warp_arrive(Shared::DO_FREE + 8 * stage);
         }
-        if (at.step >= 2) barrier_sync(FREE + at.step % 2, CONSUMERS);
+        mbarrier_wait(shared + Shared::DS_FREE + 8 * (at.step % 2), at.step / 2 % 2 ^ 1);
         store_ds(ds_tile, left, row16);
         fence_proxy_async();
         mbarrier_wait(shared + Shared::Q_FULL + 8 * stage, parity);
         wgmma_fence();
         accumulate(dk, left, q_tile);
-        barrier_arrive(READY + at.step % 2, CONSUMERS);
-        barrier_sync(GROUP, 128);
+        warp_arrive(Shared::DS_FULL + 8 * (at.step % 2));
+        mbarrier_wait(shared + Shared::DS_FULL + 8 * (at.step % 2), at.step / 2 % 2);
         wgmma_fence();
         query_product<DQ_KEYS>(dq, ds_tile, DQ_VALUES);
         wgmma_wait<1>();
@@ -129,8 +131,10 @@ FA_SM90_BACKWARD_WALK::consume_keys()
         wgmma_result(dq);
         add_dq<DQ_KEYS>(dq, at, 0, 0, DQ_VALUES);
     }
-    barrier_sync(ALL, CONSUMERS);
-    store(dk, shared + Shared::K, row16, a.scale, a.p.dk, (int)a.p.d, a.aligned_dk);
+    warp_arrive(Shared::K_FREE);
+    warp_arrive(Shared::V_FREE);
+    mbarrier_wait(shared + Shared::K_FREE, 0);
+    store<BLOCK_N>(dk, shared + Shared::K + row16 * 128, row16, a.scale, a.p.dk, (int)a.p.d, a.aligned_dk);
 }
 
 #endif
