@@ -260,6 +260,7 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
                 }
                 top[m][half] = fmaxf(x, y);
                 moved |= fmaf(top[m][half], a.exponent_scale, -row_shift[m][half]) > LAG;
+                if (MODS) moved |= row_shift[m][half] == NO_KEY && top[m][half] > -INFINITY;    /* a bias may be as low as NO_KEY */
             }
         if (!__any_sync(0xffffffff, moved)) return;
         rescale(top);
@@ -329,7 +330,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         const float c = a.exponent_scale, shift = row_shift[m][half], now = __fmul_rn(top, c);
         const uint32_t bit = 1u << (2 * m + half);
         const bool was = huge & bit, is = is_huge(top);
-        const float before = was ? huge_top(m, half) : 0.0f, growth = was ? (top - before) * c : fmaf(top, c, -shift);
+        const bool first = shift == NO_KEY && top > -INFINITY;
+        const float before = was ? huge_top(m, half) : 0.0f, growth = was ? (top - before) * c : first ? INFINITY : fmaf(top, c, -shift);
         if (!(growth > 0.0f)) return 0.0f;
         row_shift[m][half] = is ? 0.0f : now;
         huge = is ? huge | bit : huge & ~bit;
@@ -491,8 +493,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
         const float factor = empty ? 0.0f : (DROPS ? a.kept * kept_factor<T>() : 1.0f) / sum;
         #pragma unroll
         for (int j = 0; j < DT; j++) o[m][j][2 * half] *= factor, o[m][j][2 * half + 1] *= factor;
-        const float top = huge >> (2 * m + half) & 1 ? huge_top(m, half) * a.exponent_scale : row_shift[m][half];
-        return empty ? -INFINITY : 0.69314718f * (top + log2_approx(sum));
+        if (huge >> (2 * m + half) & 1) return huge_top(m, half) * (0.69314718f * a.exponent_scale) + 0.69314718f * log2_approx(sum);
+        return empty ? -INFINITY : 0.69314718f * (row_shift[m][half] + log2_approx(sum));
     }
 
     __device__ __forceinline__ void store()

@@ -14,6 +14,16 @@
 #include "../score.cuh"
 #include "added_producer.cuh"
 
+/* `barrier`, known only when `read` is. An arrival overtakes loads that are under way: behind wgmma, which has shared memory to itself,
+ * an ldmatrix took longer than TMA needed to fill its place anew, which gave wrong rows. Where the data is not used before the
+ * arrival, this waits for it. */
+FA_DEVICE uint32_t after_reading(uint32_t read, uint32_t barrier)
+{
+    uint32_t ones;                              /* at most 32 */
+    asm volatile("popc.b32 %0, %1;" : "=r"(ones) : "r"(read));
+    return barrier + (ones >> 6);
+}
+
 template <enum fa_dtype T, int D, class Tile> struct added_consumer : added_shape<D, Tile> {
     using shape = added_shape<D, Tile>;
     using shape::STAGES, shape::GROUPS, shape::BLOCK_M, shape::BLOCK_N, shape::PANELS;
@@ -144,15 +154,17 @@ template <enum fa_dtype T, int D, class Tile> struct added_consumer : added_shap
         #pragma unroll
         for (int box = first; box < end; box++) {
             const int boxes = at * shape::BOXES + box, place = group * shape::PLACES + boxes % shape::PLACES;
+            uint32_t read = 0;
             mbarrier_wait(barrier(shape::BIAS_FULL + place), boxes / shape::PLACES & 1);
             #pragma unroll
             for (int piece = 0; piece < 4; piece++) {
                 uint32_t x[4];
                 ldmatrix(x, (from ^ piece * 32) + place * shape::BOX_BYTES);
+                read |= x[0];
                 use(box * 4 + piece, x);
             }
             __syncwarp();
-            if (lane == 0) mbarrier_arrive(barrier(shape::BIAS_EMPTY + place));
+            if (lane == 0) mbarrier_arrive(after_reading(read, barrier(shape::BIAS_EMPTY + place)));
         }
     }
     __device__ __forceinline__ void add_piece(int piece, const uint32_t (&bias)[4])
