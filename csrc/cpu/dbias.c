@@ -156,10 +156,10 @@ static void pass_rows(const struct cpu_dbias *g, const struct cpu_rows *rows, in
                       int64_t width, int32_t before, int32_t all)
 {
     const struct fa_scores *t = &g->plan->p->dbias;
-    const bool is_last = before + 1 == all;
+    const bool goes_apart = g->is_apart && before + 1 == all;   /* else the sums are where it goes */
     enum { AHEAD = 4 };                                         /* rows lie pages apart */
     for (int64_t r = 0; r < rows->count; r++) {
-        float total[MOST_KEYS], *sums = is_last && before == 0 ? NULL : sums_at(g, rows, r, j0), *to = is_last ? total : sums;
+        float total[MOST_KEYS], *sums = goes_apart && before == 0 ? NULL : sums_at(g, rows, r, j0), *to = goes_apart ? total : sums;
         const float *from = ds.ptr + r * ds.row;
         if (before == 0) {
             memcpy(to, from, (size_t)(4 * count));
@@ -167,9 +167,9 @@ static void pass_rows(const struct cpu_dbias *g, const struct cpu_rows *rows, in
         } else {
             if (r + AHEAD < rows->count) prefetch(sums_at(g, rows, r + AHEAD, j0), width);
             g->plan->ops->add_row(to, sums, from, count);
-            if (is_last) memcpy(to + count, sums + count, (size_t)(4 * (width - count)));
+            if (goes_apart) memcpy(to + count, sums + count, (size_t)(4 * (width - count)));
         }
-        if (is_last) store_row(g, rows->b * t->stride_b + rows->head[r] * t->stride_h + rows->i[r] * t->stride_q + j0 * t->stride_k, total, width);
+        if (goes_apart) store_row(g, rows->b * t->stride_b + rows->head[r] * t->stride_h + rows->i[r] * t->stride_q + j0 * t->stride_k, total, width);
     }
 }
 
