@@ -160,11 +160,21 @@ template <enum fa_dtype T, int D, class Tile> struct added_consumer : added_shap
             for (int piece = 0; piece < 4; piece++) {
                 uint32_t x[4];
                 ldmatrix(x, (from ^ piece * 32) + place * shape::BOX_BYTES);
-                read |= x[0];
+                read = x[0];                    /* of the last: they come in order */
                 use(box * 4 + piece, x);
             }
             __syncwarp();
-            if (lane == 0) mbarrier_arrive(after_reading(read, barrier(shape::BIAS_EMPTY + place)));
+            if (Tile::BIAS_AHEAD && lane == 0) mbarrier_arrive(after_reading(read, barrier(shape::BIAS_EMPTY + place)));
+        }
+    }
+    /* Without AHEAD boxes go when their scores have been summed: registers for less are not there. */
+    __device__ __forceinline__ void free_boxes() const
+    {
+        if (Tile::BIAS_AHEAD || !a.p.bias.ptr || lane != 0) return;
+        #pragma unroll
+        for (int box = 0; box < shape::BOXES; box++) {
+            const int place = group * shape::PLACES + ((keys - 1) * shape::BOXES + box) % shape::PLACES;
+            mbarrier_arrive(after_reading(__float_as_uint(row_sum[0] + row_sum[1]), barrier(shape::BIAS_EMPTY + place)));
         }
     }
     __device__ __forceinline__ void add_piece(int piece, const uint32_t (&bias)[4])
@@ -342,6 +352,7 @@ template <enum fa_dtype T, int D, class Tile> struct added_consumer : added_shap
         scores_done();
         modify<Tile::BIAS_AHEAD>(words, ahead);
         const bool moved = softmax(alpha);
+        free_boxes();
         output_done();
         if (moved) {
             #pragma unroll
@@ -361,6 +372,7 @@ template <enum fa_dtype T, int D, class Tile> struct added_consumer : added_shap
         load_words(words);
         modify<0>(words, none);
         softmax(unused);
+        free_boxes();
     }
 
     /* From the last block of a tile to the first of the next; false where that was the last tile. */
