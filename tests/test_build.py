@@ -89,10 +89,9 @@ def build_with_cuda():
         pytest.skip("nvcc compiled no CUDA kernels in this folder: it has no build/ptxas")
 
 
-# Kernels at the edge of 255 registers that spill in the copy of their loop that reads biases which are not staged, and the most bytes
-# that one of them stores.
-SPILLING = {"fp32_forward_kernel 64", "fp32_backward_kernel 128"}
-MOST_SPILLED = 36
+# Kernels at the edge of 255 registers that spill in the copy of their loop that reads biases which are not staged, or with dropout one
+# word, and the most bytes that one of them stores. None of them is a plain kernel.
+SPILLING = {"fp32_forward_kernel 64": 36, "fp32_backward_kernel 128": 36, "backward_kernel 256": 4}
 
 
 @pytest.mark.usefixtures("build_with_cuda")
@@ -101,10 +100,10 @@ def test_no_spills_and_no_stack():
     names = demangled([entry["name"] for entry in bad])
     kernels = {name: re.sub(r"<(?:\w+, )?(\d+),.*", r" \1", text) for name, text in names.items()}
     worse = [entry for entry in bad
-             if kernels[entry["name"]] not in SPILLING or "plain" in names[entry["name"]] or int(entry["stores"]) > MOST_SPILLED]
+             if int(entry["stores"]) > SPILLING.get(kernels[entry["name"]], -1) or ", plain," in names[entry["name"]]]
     assert not worse, "\n".join(f"{names[entry['name']]} on {entry['arch']}: stack {entry['stack']}, spills "
                                 f"{entry['stores']} + {entry['loads']} bytes" for entry in worse)
-    assert set(kernels.values()) == SPILLING, "kernels that no longer spill must leave the list"
+    assert set(kernels.values()) == set(SPILLING), "kernels that no longer spill must leave the list"
 
 
 @pytest.mark.usefixtures("build_with_cuda")
@@ -118,8 +117,9 @@ def test_every_file_was_compiled_for_every_architecture():
 
 @pytest.mark.usefixtures("build_with_cuda")
 def test_no_warnings():
+    """None but of a loop that one tile of a template has no use for."""
     for source, log in logs().items():
-        assert not re.search(r"C75\d\d|warning", log), f"{source}:\n{log}"
+        assert not re.search(r"C75\d\d|\bwarning\b(?! #128-D: loop is not reachable|-number)", log), f"{source}:\n{log}"
 
 
 @pytest.mark.usefixtures("build_with_cuda")

@@ -43,9 +43,12 @@ static void print(const char *name, enum fa_variant variant, const char *size, c
 int main(void)
 {
 #ifdef FA_WITH_SM90
-    for (size_t n = 0; n < sizeof hopper_tables / sizeof *hopper_tables; n++)
+    for (size_t n = 0; n < sizeof hopper_tables / sizeof *hopper_tables; n++) {
         for (enum fa_variant variant = FA_PLAIN; variant < FA_VARIANTS; variant++)
-            print(hopper_tables[n].name, variant, "", hopper_tables[n].find(variant));
+            print(hopper_tables[n].name, variant, "", hopper_tables[n].find(variant, false));
+        const struct fa_cuda_kernel *brief = hopper_tables[n].find(FA_PLAIN, true);
+        if (brief->function != hopper_tables[n].find(FA_PLAIN, false)->function) print(hopper_tables[n].name, FA_PLAIN, " brief", brief);
+    }
     for (size_t n = 0; n < sizeof added_tables / sizeof *added_tables; n++) {
         const struct fa_cuda_kernel *kernel = added_tables[n].find(FA_BFLOAT16);
         printf("%s: %d x %d, %d threads, %d bytes\n", added_tables[n].name, kernel->block_m, kernel->block_n, kernel->threads, kernel->shared_bytes);
