@@ -64,7 +64,8 @@ def host_line(host):
 def attn_section(results, path):
     machine = results["machine"]
     title = f"**{machine['name']}, bfloat16, torch {results['versions']['torch']}, cuDNN {machine['cudnn']}**"
-    reading = ("TFLOP/s, in brackets the ratio to the best peer of that cell: FlashAttention-2 and cuDNN through torch, FlashAttention-4, "
+    fourth = "FlashAttention-4, " if any(row["ours_over_fa4"] for row in results["summary"]) else ""
+    reading = (f"TFLOP/s, in brackets the ratio to the best peer of that cell: FlashAttention-2 and cuDNN through torch, {fourth}"
                f"attention written out. A matrix product of 8192^3 runs at {results['gemm_tflops']:.0f} TFLOP/s.")
     source = (f"{results['date']}, sources {results['stamp']['gpu']}: [every cell and peer]({_link(path)}), "
               f"[plot]({_link(path.with_suffix('.png'))}).")

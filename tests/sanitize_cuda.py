@@ -5,10 +5,20 @@
 starts itself under each of the four tools with every n-th call, without torch's caching allocator, so that each tensor
 is an allocation of its own.
 
-Two reports on sm90_backward_kernel are known and false. racecheck: each write it names is a UBLKCP in the SASS, the bulk copy
-of lse2 or delta, whose mbarrier the readers wait for; it does not follow bulk copies that are no tensor's. synccheck, d 192: both
-warpgroups do reach barrier ALL, with all their threads, but at a place of its own in each one's code. It stops there, so d 256,
-whose code is the same, is not checked by it.
+Known and false, all on Hopper:
+
+racecheck, sm90_backward_kernel: each write it names is a UBLKCP in the SASS, the bulk copy of lse2 or delta, whose mbarrier the
+readers wait for; it does not follow bulk copies that are no tensor's.
+
+racecheck, forward_kernel with dropout, d 96 and more: the ring of dropout flags. A warp's lanes store, __syncwarp(), and lane 0
+arrives for all of them at the mbarrier that the readers wait for; the same the other way round. It does not carry the one
+synchronisation over to the other. Results repeat to the bit, and the mask is the CPU's.
+
+initcheck, prepare_kernel: what it reads of out where TMA wrote it, as the forward kernels for short sequences do; it sees no
+writes by TMA.
+
+synccheck, sm90_backward_kernel, d 192: both warpgroups do reach barrier ALL, with all their threads, but at a place of its own in
+each one's code. It stops there, so d 256, whose code is the same, is not checked by it.
 """
 
 import argparse
