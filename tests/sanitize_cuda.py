@@ -16,9 +16,6 @@ synchronisation over to the other. Results repeat to the bit, and the mask is th
 
 initcheck, prepare_kernel: what it reads of out where TMA wrote it, as the forward kernels for short sequences do; it sees no
 writes by TMA.
-
-synccheck, sm90_backward_kernel, d 192: both warpgroups do reach barrier ALL, with all their threads, but at a place of its own in
-each one's code. It stops there, so d 256, whose code is the same, is not checked by it.
 """
 
 import argparse
