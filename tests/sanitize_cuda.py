@@ -5,17 +5,17 @@
 starts itself under each of the four tools with every n-th call, without torch's caching allocator, so that each tensor
 is an allocation of its own.
 
-Known and false, all on Hopper:
+Known reports, all on Hopper:
 
-racecheck, sm90_backward_kernel: each write it names is a UBLKCP in the SASS, the bulk copy of lse2 or delta, whose mbarrier the
-readers wait for; it does not follow bulk copies that are no tensor's.
+racecheck, sm90_backward_kernel, false: each of the 34 writes that it names is a UBLKCP in the SASS, the bulk copy of lse2 or
+delta, whose mbarrier the readers wait for; it does not follow bulk copies that are no tensor's.
 
-racecheck, forward_kernel with dropout, d 96 and more: the ring of dropout flags. A warp's lanes store, __syncwarp(), and lane 0
-arrives for all of them at the mbarrier that the readers wait for; the same the other way round. It does not carry the one
-synchronisation over to the other. Results repeat to the bit, and the mask is the CPU's.
+racecheck, forward_kernel with dropout, d 96 and more, false as we read the code: each of the 6 writes is an STS into the ring of
+dropout flags. A warp's lanes store, __syncwarp(), and lane 0 arrives for all of them at the mbarrier that the readers wait for;
+the same the other way round. To prove it, let all lanes arrive: the reports must go.
 
-initcheck, prepare_kernel: what it reads of out where TMA wrote it, as the forward kernels for short sequences do; it sees no
-writes by TMA.
+initcheck, prepare_kernel, false as we read the code: what it reads of out where TMA wrote it, as the forward kernels for short
+sequences do; both calls that it named had such a forward kernel. To prove it, store by hand there.
 """
 
 import argparse
