@@ -155,7 +155,8 @@ def test_hidden_keys_cost_nothing(device, kind):
     option = seen if kind == "mask" else torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
     ours = problem.run(inputs, device, **{f"attn_{kind}": option.to(device)})
     for name, a, b in zip(ours._fields[:5], ours, expected):            # of a block one may be cut where the other is not
-        torch.testing.assert_close(a, b, atol=1e-3, rtol=1.6e-2, msg=name)
+        close = {} if name == "lse" else dict(atol=1e-3, rtol=1.6e-2)
+        torch.testing.assert_close(a, b, msg=name, **close)
     assert not ours.dk[:, 1536:].any() and not ours.dv[:, 1536:].any()
 
 
@@ -169,7 +170,7 @@ def test_padding_inside_a_window(device, dtype):
     ours = problem.run(inputs, device, attn_mask=mask.to(device))
     expected = problem.run(inputs, device, attn_mask=mask.expand(-1, -1, 66, -1).contiguous().to(device))
     for name, a, b in zip(ours._fields[:5], ours, expected):
-        close = {} if dtype == torch.float32 else dict(atol=4e-3, rtol=1.6e-2)
+        close = {} if dtype == torch.float32 or name == "lse" else dict(atol=4e-3, rtol=1.6e-2)
         torch.testing.assert_close(a, b, msg=name, **close)
 
 
