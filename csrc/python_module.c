@@ -35,19 +35,20 @@ struct field { const char *name; size_t offset; enum kind kind; };
 #define FIELD(member, kind) { #member, offsetof(struct fa_params, member), kind }
 
 static const struct field fields[] = {
-    FIELD(device, ENUM),       FIELD(dtype, ENUM),
-    FIELD(b, INT64),           FIELD(h, INT64),           FIELD(hk, INT64),
-    FIELD(sq, INT64),          FIELD(sk, INT64),          FIELD(d, INT64),         FIELD(d_v, INT64),
-    FIELD(total_q, INT64),     FIELD(total_k, INT64),
+    FIELD(device, ENUM),       FIELD(dtype, ENUM),        FIELD(n_threads, INT64), FIELD(device_index, INT64), FIELD(stream, POINTER),
+    /* tensors */
     FIELD(q, TENSOR),          FIELD(k, TENSOR),          FIELD(v, TENSOR),        FIELD(out, TENSOR),
     FIELD(lse, ROWS),
     FIELD(cu_q, POINTER),      FIELD(cu_k, POINTER),      FIELD(seqused_k, POINTER),
+    FIELD(alibi, POINTER),     FIELD(alibi_stride_b, INT64),
+    FIELD(rng, POINTER),       FIELD(bias, SCORES),       FIELD(mask, SCORES),
+    /* sizes and scalars */
+    FIELD(b, INT64),           FIELD(h, INT64),           FIELD(hk, INT64),
+    FIELD(sq, INT64),          FIELD(sk, INT64),          FIELD(d, INT64),         FIELD(d_v, INT64),
+    FIELD(total_q, INT64),     FIELD(total_k, INT64),
     FIELD(scale, DOUBLE),      FIELD(softcap, DOUBLE),
     FIELD(window_left, INT64), FIELD(window_right, INT64),
-    FIELD(alibi, POINTER),     FIELD(alibi_stride_b, INT64),
-    FIELD(bias, SCORES),       FIELD(mask, SCORES),
-    FIELD(dropout_p, DOUBLE),  FIELD(rng, POINTER),       FIELD(deterministic, BOOL),
-    FIELD(n_threads, INT64),   FIELD(device_index, INT64), FIELD(stream, POINTER),
+    FIELD(dropout_p, DOUBLE),  FIELD(deterministic, BOOL),
     /* backward */
     FIELD(dout, TENSOR),       FIELD(dlse, ROWS),
     FIELD(dq, TENSOR),         FIELD(dk, TENSOR),         FIELD(dv, TENSOR),       FIELD(dbias, SCORES),

@@ -35,10 +35,17 @@ class Operands(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The scalars of a call."""
+    """The sizes and scalars of a call, under the names and in the order of _C.FIELDS."""
 
-    max_seqlen_q: int
-    max_seqlen_k: int
+    b: int
+    h: int
+    hk: int
+    sq: int
+    sk: int
+    d: int
+    d_v: int
+    total_q: int
+    total_k: int
     scale: float
     softcap: float
     window_left: int
@@ -54,29 +61,27 @@ def draw_rng_state(device):
 
 def forward(q, k, v, operands, options, want_s_dmask=False):
     """(out, lse, s_dmask); s_dmask is None unless wanted."""
-    sizes = _sizes(q, v, operands, options)
-    out, lse = _allocate_results(q, sizes, operands)
-    values = _values(q, k, v, out, lse, sizes, operands, options)
+    out, lse = _allocate_results(q, operands, options)
+    values = _values(q, k, v, out, lse, operands, options)
     s_dmask = None
     if want_s_dmask:
-        b, h, _, sq, sk, *_ = sizes
-        s_dmask = torch.zeros(b, h, _padded(sq), _padded(sk), dtype=q.dtype, device=q.device)
-        values += *_NO_GRADIENTS, s_dmask.data_ptr(), _padded(sq), _padded(sk)
+        rows, columns = _padded(options.sq), _padded(options.sk)
+        s_dmask = torch.zeros(options.b, options.h, rows, columns, dtype=q.dtype, device=q.device)
+        values += *_NO_GRADIENTS, s_dmask.data_ptr(), rows, columns
     _C.forward(_scratch(q), *values)
     return out, lse, s_dmask
 
 
 def backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, operands, options):
     """Writes dq, dk and dv, and dbias if wanted. dlse and dbias may be None."""
-    values = _values(q, k, v, out, lse, _sizes(q, v, operands, options), operands, options)
+    values = _values(q, k, v, out, lse, operands, options)
     _C.backward(_scratch(q), *values, *_gradients(dout, dlse, dq, dk, dv, dbias))
 
 
 def choose(q, k, v, operands, options, want_backward=False):
     """(name of the kernel that the call would take or None, why others refused it)."""
-    sizes = _sizes(q, v, operands, options)
-    out, lse = _allocate_results(q, sizes, operands)
-    values = _values(q, k, v, out, lse, sizes, operands, options)
+    out, lse = _allocate_results(q, operands, options)
+    values = _values(q, k, v, out, lse, operands, options)
     if not want_backward:
         return _C.choose(_C.FORWARD, *values)
     bias = operands.bias
@@ -99,27 +104,17 @@ def bias_gradient_of(bias):
     return empty(bias.shape, dtype=bias.dtype, device=bias.device)
 
 
-def _sizes(q, v, operands, options):
-    """(b, h, hk, sq, sk, d, d_v, total_q, total_k) of struct fa_params."""
-    cu_q = operands.cu_seqlens_q
-    if cu_q is None:
-        b, sq, h, d = q.shape
-        _, sk, hk, d_v = v.shape
-        return b, h, hk, sq, sk, d, d_v, b * sq, b * sk
-    total_q, h, d = q.shape
-    total_k, hk, d_v = v.shape
-    return cu_q.shape[0] - 1, h, hk, options.max_seqlen_q, options.max_seqlen_k, d, d_v, total_q, total_k
-
-
-def _allocate_results(q, sizes, operands):
-    b, h, _, sq, _, d, d_v, total_q, _ = sizes
+def _allocate_results(q, operands, options):
+    b, h, _, sq, _, d, d_v, total_q, *_ = options
     dtype, device, packed = q.dtype, q.device, operands.cu_seqlens_q is not None
     if d == d_v and q.is_contiguous():
         out = empty_like(q)
     else:
         out = empty((total_q, h, d_v) if packed else (b, sq, h, d_v), dtype=dtype, device=device)
     lse_dtype = torch.float64 if dtype is torch.float64 else torch.float32
-    return out, empty((h, total_q) if packed else (b, h, sq), dtype=lse_dtype, device=device)
+    if packed:
+        return out, empty(h, total_q, dtype=lse_dtype, device=device)
+    return out, empty(b, h, sq, dtype=lse_dtype, device=device)
 
 
 def _padded(rows):
@@ -127,24 +122,25 @@ def _padded(rows):
     return (rows + 127) // 128 * 128
 
 
-def _values(q, k, v, out, lse, sizes, operands, options):
-    """What describes a call in both passes: the values of _C.FIELDS up to `stream`."""
+def _values(q, k, v, out, lse, operands, options):
+    """What describes a call in both passes: the values of _C.FIELDS up to `deterministic`."""
     cu_q, cu_k, seqused_k, alibi, rng, bias, mask = operands
-    _, _, scale, softcap, window_left, window_right, dropout_p, deterministic = options
     on_gpu = q.is_cuda
     index = q.get_device() if on_gpu else 0
-    return (_C.CUDA if on_gpu else _C.CPU, DTYPES[q.dtype], *sizes,
+    return (_C.CUDA if on_gpu else _C.CPU, DTYPES[q.dtype], get_num_threads(), index,
+            _cuda_stream(index) if on_gpu else None,
             (q.data_ptr(), q.stride()), (k.data_ptr(), k.stride()), (v.data_ptr(), v.stride()),
             (out.data_ptr(), out.stride()), (lse.data_ptr(), lse.stride()),
-            _pointer(cu_q), _pointer(cu_k), _pointer(seqused_k), scale, softcap, window_left, window_right,
-            _pointer(alibi), alibi.stride(0) if alibi is not None and alibi.dim() == 2 else 0,
-            _scores(bias), _scores(mask), dropout_p, _pointer(rng), deterministic, get_num_threads(), index,
-            _cuda_stream(index) if on_gpu else None)
+            None if cu_q is None else cu_q.data_ptr(), None if cu_k is None else cu_k.data_ptr(),
+            None if seqused_k is None else seqused_k.data_ptr(), None if alibi is None else alibi.data_ptr(),
+            alibi.stride(0) if alibi is not None and alibi.dim() == 2 else 0,
+            None if rng is None else rng.data_ptr(), None if bias is None else _scores(bias),
+            None if mask is None else _scores(mask), *options)
 
 
 def _gradients(dout, dlse, dq, dk, dv, dbias):
     """The values of _C.FIELDS behind them."""
-    return _tensor(dout), _tensor(dlse), _tensor(dq), _tensor(dk), _tensor(dv), _scores(dbias)
+    return (*[_tensor(x) for x in (dout, dlse, dq, dk, dv)], None if dbias is None else _scores(dbias))
 
 
 _NO_GRADIENTS = (None,) * 6
@@ -157,14 +153,8 @@ def _tensor(x):
 def _scores(x):
     """(pointer, dtype, stride_b, stride_h, stride_q, stride_k) of a tensor over the scores: stride 0 where it
     has size 1. A mask's dtype does not count."""
-    if x is None:
-        return None
     stride_b, stride_h, stride_q, stride_k = [0 if n == 1 else step for n, step in zip(x.shape, x.stride())]
     return x.data_ptr(), DTYPES.get(x.dtype, 0), stride_b, stride_h, stride_q, stride_k
-
-
-def _pointer(x):
-    return None if x is None else x.data_ptr()
 
 
 def _cuda_stream(index):

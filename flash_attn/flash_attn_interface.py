@@ -232,18 +232,27 @@ def _prepare(names, given, dropout_p, softmax_scale, causal, window_size, softca
     """Given tensors with contiguous channels in the dtype of the call, and its Operands and Options,
     checked."""
     given = [_given_tensor(name, x, 3 if packing else 4) for name, x in zip(names, given)]
+    _check_kind(names[0], given[0])
     if torch.is_autocast_enabled("cuda" if given[0].is_cuda else "cpu"):
         given = [_autocast(x) for x in given]
     q, k, v = _unpack(given)
-    shape_q, shape_k = _check_agreement(names, q, k, v)
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = packing or (None, None, 0, 0)
-    batch = shape_q[0]
+    shape_q, shape_k, shape_v = q.shape, k.shape, v.shape
+    _check_agreement(names, q, k, v, shape_q, shape_k, shape_v)
     if packing:
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = packing
         batch = _check_packing(cu_seqlens_q, cu_seqlens_k, q.device)
         max_seqlen_q = _integer("max_seqlen_q", max_seqlen_q)
         max_seqlen_k = _integer("max_seqlen_k", max_seqlen_k)
-    elif shape_k[0] != batch:
-        raise ArgumentValueError(f"{names[1]} has a batch of {shape_k[0]}; expected {batch}, the batch of q.")
+        total_q, heads, headdim = shape_q
+        total_k, heads_k, headdim_v = shape_v
+    else:
+        cu_seqlens_q = cu_seqlens_k = None
+        batch, max_seqlen_q, heads, headdim = shape_q
+        batch_k, max_seqlen_k, heads_k, headdim_v = shape_v
+        total_q, total_k = batch * max_seqlen_q, batch * max_seqlen_k
+        if batch_k != batch:
+            raise ArgumentValueError(f"{names[1]} has a batch of {batch_k}; expected {batch}, the batch of "
+                                     f"q.")
     if seqused_k is not None:
         _check_operand("seqused_k", seqused_k, torch.int32, [(batch,)], q.device)
     if alibi_slopes is not None:
@@ -254,14 +263,14 @@ def _prepare(names, given, dropout_p, softmax_scale, causal, window_size, softca
         rng_state = _backend.draw_rng_state(q.device)
     if attn_bias is not None or attn_mask is not None:
         attn_bias, attn_mask = _prepared_scores(attn_bias, attn_mask, q, k, packing)
+    operands = Operands(cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, rng_state, attn_bias, attn_mask)
     if softmax_scale is None:
-        softmax_scale = max(shape_q[-1], 1) ** -0.5
+        softmax_scale = max(headdim, 1) ** -0.5
     left, right = _window(window_size)
     deterministic = bool(deterministic) or torch.are_deterministic_algorithms_enabled()
-    return (given, Operands(cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, rng_state, attn_bias,
-                            attn_mask),
-            Options(max_seqlen_q, max_seqlen_k, softmax_scale, softcap, left, 0 if causal else right,
-                    dropout_p, deterministic))
+    return given, operands, Options(batch, heads, heads_k, max_seqlen_q, max_seqlen_k, headdim, headdim_v,
+                                    total_q, total_k, softmax_scale, softcap, left, 0 if causal else right,
+                                    dropout_p, deterministic)
 
 
 def _given_tensor(name, x, rank):
@@ -273,17 +282,24 @@ def _given_tensor(name, x, rank):
         rank += 1
     if len(stride) != rank or (parts > 1 and x.shape[-3] != parts):
         raise ArgumentValueError(f"{name} must have shape {_LAYOUTS[name, rank]}; it has {tuple(x.shape)}.")
+    return x if stride[-1] == 1 else x.contiguous()
+
+
+def _check_kind(name, x):
+    """Of the first tensor; the others are of its dtype and on its device."""
     if x.dtype not in _backend.DTYPES:
         raise ArgumentTypeError(f"{name} has dtype {x.dtype}; only float16, bfloat16, float32 and float64 "
                                 f"are supported. Cast it, for example {name}.float().")
     if not (x.is_cuda or x.is_cpu):
         raise UnsupportedError(f"{name} is on {x.device}; only cpu and cuda tensors are supported. "
                                f"Move it, for example {name}.cpu().")
-    return x if stride[-1] == 1 else x.contiguous()
 
 
 def _autocast(x):
-    return x if x.dtype is torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
+    """As torch does: float64 and what is no number with a fraction stay."""
+    if x.dtype is torch.float64 or not x.is_floating_point():
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 _LAYOUTS = {
@@ -295,26 +311,28 @@ _LAYOUTS = {
 }
 
 
-def _check_agreement(names, q, k, v):
-    """k and v against q, in dtype, device and shape. In a packed tensor they agree by construction, and the
-    checks cost next to nothing. Returns the shape of q and of k."""
-    name_k, name_v = names[min(1, len(names) - 1)], names[-1]
-    dtype, device = q.dtype, q.device
-    for name, x in (name_k, k), (name_v, v):
-        if x.dtype is not dtype:
-            raise ArgumentTypeError(f"{name} has dtype {x.dtype}; expected {dtype}, the dtype of q. "
-                                    f"Cast it: {name}.to(q.dtype), or call under torch.autocast.")
-        if x.device != device:
-            raise ArgumentValueError(f"{name} is on {x.device}; expected {device}, the device of q. "
-                                     f"Move it: {name}.to(q.device).")
-    shape_q, shape_k, shape_v = q.shape, k.shape, v.shape
+def _check_agreement(names, q, k, v, shape_q, shape_k, shape_v):
+    """k and v against q, in dtype, device and shape. In a packed tensor they agree by construction."""
+    name_k, name_v, dtype = names[min(1, len(names) - 1)], names[-1], q.dtype
+    if not (k.dtype is dtype and v.dtype is dtype and q.get_device() == k.get_device() == v.get_device()):
+        _refuse_strangers((name_k, k), (name_v, v), q=q)
     if shape_k[-1] != shape_q[-1]:
         raise ArgumentValueError(f"{name_k} has a headdim of {shape_k[-1]}; expected {shape_q[-1]}, "
                                  f"the headdim of q.")
     if shape_v != shape_k and shape_v[:-1] != shape_k[:-1]:
         raise ArgumentValueError(f"{name_v} must have shape {(*shape_k[:-1], 'headdim_v')}, as k; "
                                  f"it has {tuple(shape_v)}.")
-    return shape_q, shape_k
+
+
+def _refuse_strangers(*others, q):
+    """Raises what one of these disagrees in."""
+    for name, x in others:
+        if x.dtype is not q.dtype:
+            raise ArgumentTypeError(f"{name} has dtype {x.dtype}; expected {q.dtype}, the dtype of q. "
+                                    f"Cast it: {name}.to(q.dtype), or call under torch.autocast.")
+        if x.device != q.device:
+            raise ArgumentValueError(f"{name} is on {x.device}; expected {q.device}, the device of q. "
+                                     f"Move it: {name}.to(q.device).")
 
 
 def _check_packing(cu_seqlens_q, cu_seqlens_k, device):

@@ -294,7 +294,7 @@ def test_only_tensors_with_distant_channels_are_copied(monkeypatch):
 
 def test_the_extension_names_a_value_that_is_no_field():
     c = flash_attn._backend._C
-    with pytest.raises(flash_attn.ArgumentTypeError, match="b must be an int of at most 64 bits"):
+    with pytest.raises(flash_attn.ArgumentTypeError, match="n_threads must be an int of at most 64 bits"):
         c.forward(None, c.CPU, c.FLOAT32, 2 ** 63)
     with pytest.raises(flash_attn.ArgumentTypeError, match="q must be None or a tuple"):
         c.forward(None, c.CPU, c.FLOAT32, *[1] * (c.FIELDS.index("q") - 2), (0, 1, 2, 3))

@@ -170,11 +170,13 @@ template <enum fa_dtype T, int D, class Tile> struct added_consumer : added_shap
     /* Without AHEAD boxes go when their scores have been summed: registers for less are not there. */
     __device__ __forceinline__ void free_boxes() const
     {
-        if (Tile::BIAS_AHEAD || !a.p.bias.ptr || lane != 0) return;
-        #pragma unroll
-        for (int box = 0; box < shape::BOXES; box++) {
-            const int place = group * shape::PLACES + ((keys - 1) * shape::BOXES + box) % shape::PLACES;
-            mbarrier_arrive(after_reading(__float_as_uint(row_sum[0] + row_sum[1]), barrier(shape::BIAS_EMPTY + place)));
+        if constexpr (!Tile::BIAS_AHEAD) {
+            if (!a.p.bias.ptr || lane != 0) return;
+            #pragma unroll
+            for (int box = 0; box < shape::BOXES; box++) {
+                const int place = group * shape::PLACES + ((keys - 1) * shape::BOXES + box) % shape::PLACES;
+                mbarrier_arrive(after_reading(__float_as_uint(row_sum[0] + row_sum[1]), barrier(shape::BIAS_EMPTY + place)));
+            }
         }
     }
     __device__ __forceinline__ void add_piece(int piece, const uint32_t (&bias)[4])

@@ -15,9 +15,9 @@ static bool is_readable(const struct fa_params *p, const struct fa_tensor *t, in
 }
 
 /* Long keys and so few tiles that most of the device would idle: sm80 lets several blocks share a tile's keys. */
-static bool is_better_split(const struct fa_params *p, const struct fa_cuda_device *device)
+static bool is_better_split(const struct fa_params *p, const struct fa_cuda_kernel *kernel, const struct fa_cuda_device *device)
 {
-    const int64_t block = fa_sm90_forward_kernel(p)->block_m, tiles = p->b * p->h * ((p->sq + block - 1) / block);
+    const int64_t block = kernel->block_m, tiles = p->b * p->h * ((p->sq + block - 1) / block);
     return p->sk >= SPLIT_KEYS && SPLIT_SHARE * tiles <= device->multiprocessors;
 }
 
@@ -36,27 +36,33 @@ static const char *added_problem(enum fa_pass pass, const struct fa_params *p)
     return NULL;
 }
 
+/* What keeps a call from these kernels, or NULL. */
+static const char *problem(enum fa_pass pass, const struct fa_params *p, const struct fa_cuda_device *device)
+{
+    const int64_t q_rows = p->cu_q ? p->total_q : p->sq, k_rows = p->cu_k ? p->total_k : p->sk;
+    const int64_t q_batch = p->cu_q ? 1 : p->b, k_batch = p->cu_k ? 1 : p->b;
+    if (device->capability != HOPPER) return "needs a GPU of compute capability 9.0";
+    if (p->dtype != FA_FLOAT16 && p->dtype != FA_BFLOAT16) return "serves float16 and bfloat16";
+    if (pass == FA_FORWARD && (p->d > 192 || p->d_v > 192) && fa_cuda_variant(p) == FA_DROPOUT && fa_cuda_has_score_mod(p))
+        return "serves dropout beside softcap, ALiBi or a scale <= 0 up to head dimension 192";
+    if (p->sq == 0 || k_rows == 0 || p->b == 0) return "has nothing to do for an empty tensor";
+    if (!is_readable(p, &p->q, p->h, q_rows, q_batch) || !is_readable(p, &p->k, p->hk, k_rows, k_batch)
+        || !is_readable(p, &p->v, p->hk, k_rows, k_batch))
+        return "needs rows of q, k and v that start at multiples of 16 bytes, none of them expanded";
+    if (pass == FA_BACKWARD && !is_readable(p, &p->dout, p->h, q_rows, q_batch))
+        return "needs rows of dout that start at multiples of 16 bytes, none of them expanded";
+    const struct fa_cuda_kernel *kernel = pass == FA_FORWARD ? fa_sm90_forward_kernel(p) : fa_sm90_backward_kernel(p);
+    if (fa_cuda_shared_limit(device) < kernel->shared_bytes)
+        return "needs more shared memory than a block may take (FLASH_ATTN_SMEM_KB lowers it)";
+    if (pass == FA_FORWARD && is_better_split(p, kernel, device)) return "has too few tiles to fill the device, and does not split keys";
+    return fa_sm90_is_added(p) ? added_problem(pass, p) : NULL;
+}
+
 static bool supports(enum fa_pass pass, const struct fa_params *p, struct fa_error *why)
 {
     const struct fa_cuda_device *device = fa_cuda_device(p->device_index, why);
-    const int64_t q_rows = p->cu_q ? p->total_q : p->sq, k_rows = p->cu_k ? p->total_k : p->sk;
-    const int64_t q_batch = p->cu_q ? 1 : p->b, k_batch = p->cu_k ? 1 : p->b;
-    const char *reason = NULL;
     if (!device || fa_cuda_check_sizes(p, why)) return false;
-    if (device->capability != HOPPER) reason = "needs a GPU of compute capability 9.0";
-    else if (p->dtype != FA_FLOAT16 && p->dtype != FA_BFLOAT16) reason = "serves float16 and bfloat16";
-    else if (pass == FA_FORWARD && (p->d > 192 || p->d_v > 192) && fa_cuda_variant(p) == FA_DROPOUT && fa_cuda_has_score_mod(p))
-        reason = "serves dropout beside softcap, ALiBi or a scale <= 0 up to head dimension 192";
-    else if (fa_sm90_is_added(p) && added_problem(pass, p)) reason = added_problem(pass, p);
-    else if (p->sq == 0 || k_rows == 0 || p->b == 0) reason = "has nothing to do for an empty tensor";
-    else if (!is_readable(p, &p->q, p->h, q_rows, q_batch) || !is_readable(p, &p->k, p->hk, k_rows, k_batch)
-             || !is_readable(p, &p->v, p->hk, k_rows, k_batch))
-        reason = "needs rows of q, k and v that start at multiples of 16 bytes, none of them expanded";
-    else if (pass == FA_BACKWARD && !is_readable(p, &p->dout, p->h, q_rows, q_batch))
-        reason = "needs rows of dout that start at multiples of 16 bytes, none of them expanded";
-    else if (fa_cuda_shared_limit(device) < (pass == FA_FORWARD ? fa_sm90_forward_kernel(p) : fa_sm90_backward_kernel(p))->shared_bytes)
-        reason = "needs more shared memory than a block may take (FLASH_ATTN_SMEM_KB lowers it)";
-    else if (pass == FA_FORWARD && is_better_split(p, device)) reason = "has too few tiles to fill the device, and does not split keys";
+    const char *reason = problem(pass, p, device);
     if (reason) fa_fail(why, FA_UNSUPPORTED, "%s", reason);
     return !reason;
 }
