@@ -74,7 +74,7 @@ def reports(output):
     found = Counter()
     lines = [line.removeprefix("========= ") for line in output.splitlines() if line.startswith("========= ")]
     for line, following in zip(lines, [*lines[1:], ""]):
-        if not line.startswith((" ", "COMPUTE-SANITIZER", "ERROR SUMMARY", "RACECHECK SUMMARY", "Target application")):
+        if line and not line.startswith((" ", "COMPUTE-SANITIZER", "ERROR SUMMARY", "RACECHECK SUMMARY", "Target application")):
             kernel = re.search(r"\w*kernel\w*", line + following)
             found[kernel.group() if kernel else line] += 1
     return found
