@@ -61,13 +61,12 @@ def draw_rng_state(device):
 
 def forward(q, k, v, operands, options, want_s_dmask=False):
     """(out, lse, s_dmask); s_dmask is None unless wanted."""
-    out, lse = _allocate_results(q, operands, options)
+    out, lse = allocate_results(q, operands, options)
     values = _values(q, k, v, out, lse, operands, options)
     s_dmask = None
     if want_s_dmask:
-        rows, columns = _padded(options.sq), _padded(options.sk)
-        s_dmask = torch.zeros(options.b, options.h, rows, columns, dtype=q.dtype, device=q.device)
-        values += *_NO_GRADIENTS, s_dmask.data_ptr(), rows, columns
+        s_dmask = allocate_s_dmask(q, options)
+        values += *_NO_GRADIENTS, s_dmask.data_ptr(), *s_dmask.shape[2:]
     _C.forward(_scratch(q), *values)
     return out, lse, s_dmask
 
@@ -80,7 +79,7 @@ def backward(dout, dlse, q, k, v, out, lse, dq, dk, dv, dbias, operands, options
 
 def choose(q, k, v, operands, options, want_backward=False):
     """(name of the kernel that the call would take or None, why others refused it)."""
-    out, lse = _allocate_results(q, operands, options)
+    out, lse = allocate_results(q, operands, options)
     values = _values(q, k, v, out, lse, operands, options)
     if not want_backward:
         return _C.choose(_C.FORWARD, *values)
@@ -88,6 +87,26 @@ def choose(q, k, v, operands, options, want_backward=False):
     dbias = bias_gradient_of(bias) if bias is not None and bias.requires_grad else None
     gradients = [gradient_of(x) for x in (q, k, v)]
     return _C.choose(_C.BACKWARD, *values, *_gradients(out, None, *gradients, dbias))
+
+
+def allocate_results(q, operands, options):
+    """Uninitialised memory for out and lse."""
+    b, h, _, sq, _, d, d_v, total_q, *_ = options
+    dtype, device, packed = q.dtype, q.device, operands.cu_seqlens_q is not None
+    if d == d_v and q.is_contiguous():
+        out = empty_like(q)
+    else:
+        out = empty((total_q, h, d_v) if packed else (b, sq, h, d_v), dtype=dtype, device=device)
+    lse_dtype = torch.float64 if dtype is torch.float64 else torch.float32
+    if packed:
+        return out, empty(h, total_q, dtype=lse_dtype, device=device)
+    return out, empty(b, h, sq, dtype=lse_dtype, device=device)
+
+
+def allocate_s_dmask(q, options):
+    """Zeros, for what the kernels do not write of it."""
+    rows, columns = [(n + 127) // 128 * 128 for n in (options.sq, options.sk)]
+    return torch.zeros(options.b, options.h, rows, columns, dtype=q.dtype, device=q.device)
 
 
 def gradient_of(given):
@@ -102,24 +121,6 @@ def gradient_of(given):
 def bias_gradient_of(bias):
     """Uninitialised memory for the gradient of a bias: where the bias has size 1 the kernels sum."""
     return empty(bias.shape, dtype=bias.dtype, device=bias.device)
-
-
-def _allocate_results(q, operands, options):
-    b, h, _, sq, _, d, d_v, total_q, *_ = options
-    dtype, device, packed = q.dtype, q.device, operands.cu_seqlens_q is not None
-    if d == d_v and q.is_contiguous():
-        out = empty_like(q)
-    else:
-        out = empty((total_q, h, d_v) if packed else (b, sq, h, d_v), dtype=dtype, device=device)
-    lse_dtype = torch.float64 if dtype is torch.float64 else torch.float32
-    if packed:
-        return out, empty(h, total_q, dtype=lse_dtype, device=device)
-    return out, empty(b, h, sq, dtype=lse_dtype, device=device)
-
-
-def _padded(rows):
-    """The rows or columns of s_dmask."""
-    return (rows + 127) // 128 * 128
 
 
 def _values(q, k, v, out, lse, operands, options):

@@ -11,7 +11,7 @@ from operator import index
 import torch
 from torch import Tensor
 
-from . import _backend
+from . import _backend, compiled
 from ._backend import ArgumentTypeError, ArgumentValueError, Operands, Options, UnsupportedError
 
 
@@ -173,8 +173,10 @@ def _attention(names, given, dropout_p, softmax_scale, causal, window_size, soft
                                         attn_mask, packing)
     want_s_dmask = return_attn_probs and operands.rng_state is not None and dropout_p > 0
     bias = operands.bias
-    if torch.is_grad_enabled() and (any([x.requires_grad for x in given])
-                                    or bias is not None and bias.requires_grad):
+    if torch.compiler.is_compiling():
+        out, lse, s_dmask = compiled.attention(*_unpack(given), operands, options, want_s_dmask)
+    elif torch.is_grad_enabled() and (any([x.requires_grad for x in given])
+                                      or bias is not None and bias.requires_grad):
         results = _FlashAttention.apply(operands, options, return_attn_probs, want_s_dmask, bias, *given)
         if not return_attn_probs:
             return results
@@ -260,7 +262,8 @@ def _prepare(names, given, dropout_p, softmax_scale, causal, window_size, softca
     if rng_state is not None:
         _check_operand("rng_state", rng_state, torch.int64, [(2,)], q.device)
     elif _is_dropping(dropout_p):
-        rng_state = _backend.draw_rng_state(q.device)
+        rng_state = (compiled.draw_rng_state(q) if torch.compiler.is_compiling()
+                     else _backend.draw_rng_state(q.device))
     if attn_bias is not None or attn_mask is not None:
         attn_bias, attn_mask = _prepared_scores(attn_bias, attn_mask, q, k, packing)
     operands = Operands(cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, rng_state, attn_bias, attn_mask)
@@ -404,6 +407,8 @@ def _unexpanded(x):
     Autograd's own way there, through the view that was expanded, would fill a tensor of the expanded shape:
     the tensor whose memory x shows takes the gradient instead. Where there is none (x is a leaf, say), every
     element of x has a gradient of its own, and x stays as it is."""
+    if torch.compiler.is_compiling():               # a graph fuses that fill with the sum over it
+        return x[tuple([slice(0, 1) if step == 0 else slice(None) for step in x.stride()])]
     size, stride = [1 if step == 0 else n for n, step in zip(x.shape, x.stride())], x.stride()
     if not x.requires_grad or not torch.is_grad_enabled():
         return x.as_strided(size, stride)

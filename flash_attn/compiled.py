@@ -1,0 +1,95 @@
+"""The two passes as operators of torch.library: torch.compile keeps them whole in its graphs.
+
+Eager calls do not come this way: an operator costs twice what an autograd Function does. What the operators are
+told is what `_backend` takes, and what they return has the sizes and strides of what it returns.
+"""
+
+from typing import Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from . import _backend
+from ._backend import Operands, Options
+
+SIZES = Options._fields.index("scale")          # of the Options that are sizes, which may be symbols
+
+
+def attention(q, k, v, operands, options, want_s_dmask):
+    """(out, lse, s_dmask), differentiable; s_dmask is empty unless wanted."""
+    return _forward(q, k, v, *operands, options[:SIZES], *options[SIZES:], want_s_dmask)
+
+
+def draw_rng_state(like):
+    """_backend's, beside a tensor: with the same seed the same dropout mask as in an eager call."""
+    return torch.ops.flash_attn.draw_rng_state(like)
+
+
+# The tag keeps a graph from drawing anew where it computes the call a second time, as for activation checkpoints.
+_library = torch.library.Library("flash_attn", "FRAGMENT")
+_library.define("draw_rng_state(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+_library.impl("draw_rng_state", lambda like: _backend.draw_rng_state(like.device), "CompositeExplicitAutograd")
+torch.library.register_fake("flash_attn::draw_rng_state", lambda like: like.new_empty(2, dtype=torch.int64))
+
+
+@torch.library.custom_op("flash_attn::attention", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Optional[Tensor], cu_seqlens_k: Optional[Tensor],
+             seqused_k: Optional[Tensor], alibi_slopes: Optional[Tensor], rng_state: Optional[Tensor],
+             bias: Optional[Tensor], mask: Optional[Tensor], sizes: Sequence[int], scale: float, softcap: float,
+             window_left: int, window_right: int, dropout_p: float, deterministic: bool,
+             want_s_dmask: bool) -> Tuple[Tensor, Tensor, Tensor]:
+    operands = Operands(cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, rng_state, bias, mask)
+    options = Options(*sizes, scale, softcap, window_left, window_right, dropout_p, deterministic)
+    out, lse, s_dmask = _backend.forward(q, k, v, operands, options, want_s_dmask)
+    return out, lse, q.new_empty(0) if s_dmask is None else s_dmask
+
+
+@_forward.register_fake
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, rng_state, bias, mask, sizes, scale, softcap,
+      window_left, window_right, dropout_p, deterministic, want_s_dmask):
+    operands = Operands(cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, rng_state, bias, mask)
+    options = Options(*sizes, scale, softcap, window_left, window_right, dropout_p, deterministic)
+    out, lse = _backend.allocate_results(q, operands, options)
+    return out, lse, _backend.allocate_s_dmask(q, options) if want_s_dmask else q.new_empty(0)
+
+
+@torch.library.custom_op("flash_attn::attention_backward", mutates_args=())
+def _backward(dout: Tensor, dlse: Optional[Tensor], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+              cu_seqlens_q: Optional[Tensor], cu_seqlens_k: Optional[Tensor], seqused_k: Optional[Tensor],
+              alibi_slopes: Optional[Tensor], rng_state: Optional[Tensor], bias: Optional[Tensor],
+              mask: Optional[Tensor], sizes: Sequence[int], scale: float, softcap: float, window_left: int,
+              window_right: int, dropout_p: float, deterministic: bool,
+              want_dbias: bool) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    operands = Operands(cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, rng_state, bias, mask)
+    options = Options(*sizes, scale, softcap, window_left, window_right, dropout_p, deterministic)
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    gradients = [_backend.gradient_of(x) for x in (q, k, v)]
+    dbias = _backend.bias_gradient_of(bias) if want_dbias else None
+    _backend.backward(dout, dlse, q, k, v, out, lse, *gradients, dbias, operands, options)
+    return *gradients, q.new_empty(0) if dbias is None else dbias
+
+
+@_backward.register_fake
+def _(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, rng_state, bias, mask,
+      sizes, scale, softcap, window_left, window_right, dropout_p, deterministic, want_dbias):
+    dbias = _backend.bias_gradient_of(bias) if want_dbias else q.new_empty(0)
+    return *[_backend.gradient_of(x) for x in (q, k, v)], dbias
+
+
+def _save(ctx, inputs, output):
+    out, lse, s_dmask = output
+    ctx.save_for_backward(*inputs[:3], out, lse, *inputs[3:10])
+    ctx.options = inputs[10:-1]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(s_dmask)
+
+
+def _differentiate(ctx, dout, dlse, _):
+    q, k, v, out, lse, *operands = ctx.saved_tensors
+    want_dbias = ctx.needs_input_grad[3 + Operands._fields.index("bias")]
+    dout = torch.zeros_like(out) if dout is None else dout
+    dq, dk, dv, dbias = _backward(dout, dlse, q, k, v, out, lse, *operands, *ctx.options, want_dbias)
+    return dq, dk, dv, *[None] * 5, dbias if want_dbias else None, *[None] * 9
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
