@@ -17,7 +17,8 @@ SIZES = Options._fields.index("scale")          # of the Options that are sizes,
 
 def attention(q, k, v, operands, options, want_s_dmask):
     """(out, lse, s_dmask), differentiable; s_dmask is empty unless wanted."""
-    return _forward(q, k, v, *operands, options[:SIZES], *options[SIZES:], want_s_dmask)
+    values = list(options)                      # dynamo of torch 2.4 takes part of an Options for an Options
+    return _forward(q, k, v, *operands, values[:SIZES], *values[SIZES:], want_s_dmask)
 
 
 def draw_rng_state(like):
@@ -25,11 +26,13 @@ def draw_rng_state(like):
     return torch.ops.flash_attn.draw_rng_state(like)
 
 
-# The tag keeps a graph from drawing anew where it computes the call a second time, as for activation checkpoints.
-_library = torch.library.Library("flash_attn", "FRAGMENT")
-_library.define("draw_rng_state(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
-_library.impl("draw_rng_state", lambda like: _backend.draw_rng_state(like.device), "CompositeExplicitAutograd")
-torch.library.register_fake("flash_attn::draw_rng_state", lambda like: like.new_empty(2, dtype=torch.int64))
+# The tag keeps a graph from drawing anew where it computes the call a second time, as for activation checkpoints. Unlike
+# custom_op this refuses a second definition, which is what reloading the module would be.
+if not hasattr(torch.ops.flash_attn, "draw_rng_state"):
+    _library = torch.library.Library("flash_attn", "FRAGMENT")
+    _library.define("draw_rng_state(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+    _library.impl("draw_rng_state", lambda like: _backend.draw_rng_state(like.device), "CompositeExplicitAutograd")
+    torch.library.register_fake("flash_attn::draw_rng_state", lambda like: like.new_empty(2, dtype=torch.int64))
 
 
 @torch.library.custom_op("flash_attn::attention", mutates_args=())
