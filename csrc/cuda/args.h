@@ -4,8 +4,8 @@
 
 #include "../flash_attn.h"
 
-/* Compile-time variants, each able to do all before it. Lengths, windows and causal bounds are in every one. The last is of sm80
- * alone: dropout with neither score mod nor bias nor mask, as training has it. */
+/* Compile-time variants, each able to do all before it. Lengths, windows and causal bounds are in every one. The last:
+ * dropout with neither score mod nor bias nor mask, as training has it. */
 enum fa_variant { FA_PLAIN, FA_SCORE_MOD, FA_DROPOUT, FA_VARIANTS, FA_PLAIN_DROPOUT = FA_VARIANTS, FA_SM80_VARIANTS };
 #define FA_HAS_MODS(variant)    ((variant) == FA_SCORE_MOD || (variant) == FA_DROPOUT)
 #define FA_HAS_DROPOUT(variant) ((variant) >= FA_DROPOUT)

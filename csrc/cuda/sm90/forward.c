@@ -9,12 +9,16 @@
 #include "kernels.h"
 
 #define LEAST_EFFICIENCY 0.9
-#define SMALL_COST 1.22                         /* of a score in smaller tiles, d 64 */
+#define BRIEF_COST 1.04                         /* d 64: of a score in the kernel for short sequences, to one in the usual kernel */
+#define BRIEF_BOUNDED_COST 0.92                 /* the same where keys are hidden: fewer masks */
+#define SMALL_COST 1.3                          /* and in the kernel for few queries */
 
-enum { WARP_ROWS = 16, BIAS_ROWS = 64, COUNTER_BYTES = 128, SECTION_BYTES = 32 << 20, MANY_TILES = 15, BRIEF_KEYS = 2048,
-       SMALL_KEYS = 1024, SMALL_QUERIES = 4096 };
+enum { WARP_ROWS = 16, BIAS_ROWS = 64, COUNTER_BYTES = 128, SECTION_BYTES = 32 << 20, MANY_TILES = 15, BRIEF_KEYS = 4096,
+       SMALL_KEYS = 1024, BRIEF_QUERIES = 4096, BRIEF_TILES = 2 * 132 };
 
 static int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
+
+static bool is_bounded(const struct fa_params *p) { return p->window_left >= 0 || p->window_right >= 0; }
 
 /* Scores that tiles of this kernel compute for one head. */
 static double work_of(const struct fa_params *p, const struct fa_cuda_kernel *kernel)
@@ -44,14 +48,18 @@ const struct fa_cuda_kernel *fa_sm90_forward_kernel(const struct fa_params *p)
     while (buckets[n].channels < channels) n++;
     fa_sm90_find *find = p->dtype == FA_FLOAT16 ? buckets[n].fp16 : buckets[n].bf16;
     const enum fa_variant variant = fa_cuda_variant(p);
-    const struct fa_cuda_kernel *kernel = find(variant, false), *brief = find(FA_PLAIN, true);
-    if (variant != FA_PLAIN) return kernel;
-    if (brief->block_m == kernel->block_m) return p->sk <= BRIEF_KEYS ? brief : kernel;
-    if (p->sk > SMALL_KEYS || p->sq > SMALL_QUERIES) return kernel;
-    return SMALL_COST * work_of(p, brief) < work_of(p, kernel) ? brief : kernel;
+    if (variant == FA_DROPOUT && !fa_cuda_has_score_mod(p)) return find(FA_PLAIN_DROPOUT, FA_SM90_USUAL);
+    const struct fa_cuda_kernel *kernel = find(variant, FA_SM90_USUAL);
+    const struct fa_cuda_kernel *brief = find(FA_PLAIN, FA_SM90_BRIEF), *small = find(FA_PLAIN, FA_SM90_SMALL);
+    if (variant != FA_PLAIN || brief->block_m == kernel->block_m || p->sk > BRIEF_KEYS || p->sq > BRIEF_QUERIES) return kernel;
+    /* Few of its large tiles would leave multiprocessors idle. */
+    const bool fills = p->b * p->h * blocks_of(p->sq, brief->block_m) >= BRIEF_TILES;
+    const double usual = work_of(p, kernel);
+    const double briefly = fills ? work_of(p, brief) * (is_bounded(p) ? BRIEF_BOUNDED_COST : BRIEF_COST) : usual;
+    if (p->sk <= SMALL_KEYS && SMALL_COST * work_of(p, small) < (usual < briefly ? usual : briefly)) return small;
+    return briefly < usual ? brief : kernel;
 }
 
-static bool is_bounded(const struct fa_params *p) { return p->window_left >= 0 || p->window_right >= 0; }
 static bool is_ragged(const struct fa_params *p) { return p->cu_q || p->cu_k || p->seqused_k; }
 
 /* Heads whose keys and values fit L2 together: whole groups of query heads, a power of two of them. */
@@ -81,7 +89,7 @@ static void schedule(struct fa_sm90_forward_args *f, int64_t blocks)
     if (grows && even && efficiency(pairs, blocks) >= LEAST_EFFICIENCY) {
         f->section = 0;
         f->units = (int)pairs;
-    } else if (is_uneven(p)) {
+    } else if (is_uneven(p) && !(grows && f->a.m_tiles == 1)) {
         f->section = (int)section_of(p);
         f->counter = p->workspace;
     }

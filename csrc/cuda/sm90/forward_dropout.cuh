@@ -14,6 +14,7 @@ template <int D, class Tile> struct forward_dropout : forward_shape<D, Tile> {
     using shape = forward_shape<D, Tile>;
     using shape::BLOCK_N, shape::GROUPS, shape::FLAG_STAGES, shape::FLAG_WORDS;
     enum : int { WARPS = 4 * GROUPS, DRAWERS = 3, PIECES = BLOCK_N / 16 };
+    static_assert(shape::DRAWN == 0 || !shape::BY_TMA, "the thread that stores is in one of these warps");
     static_assert(shape::DRAWN % 2 == 0 && shape::DRAWN <= PIECES, "pieces are drawn in pairs");
 
     const fa_cuda_args &a;

@@ -1,7 +1,7 @@
 /* cuda/sm90/forward_producer.cuh: the thread that feeds forward.cuh's consumers: which tile comes next, its Q, its K and V.
  *
- * Rings: Q with Q_STAGES places, K and V with STAGES each. An empty barrier counts a lane of every consumer warp, a full one the
- * bytes of TMA. Tiles come in sections, in pairs, or one after the other: see forward.c's schedule. */
+ * Rings: Q with Q_STAGES places, K and V with STAGES each. An empty barrier counts a lane of every consumer warp, or forward_storer's
+ * where that has the place last, a full one the bytes of TMA. Tiles come in sections, in pairs, or one after the other: see forward.c's schedule. */
 #ifndef FA_SM90_FORWARD_PRODUCER_CUH
 #define FA_SM90_FORWARD_PRODUCER_CUH
 
@@ -20,23 +20,30 @@ struct forward_tile_info {
 
 template <int D, class Tile> struct forward_shape {
     enum : int {
-        DRAWN = Tile::DRAWN, STAGES = 2, INFOS = 4, GROUPS = Tile::GROUPS, BLOCK_M = 64 * GROUPS, BLOCK_N = Tile::BLOCK_N, Q_STAGES = Tile::Q_STAGES,
-        THREADS = 128 * (GROUPS + 1), PANELS = (D + 63) / 64,
-        PRODUCER_REGISTERS = Tile::BLOCKS > 1 ? (Tile::BLOCKS == 3 ? 32 : 40) : DRAWN ? 56 : GROUPS == 2 ? 40 : 32,
-        CONSUMER_REGISTERS = Tile::BLOCKS == 3 ? 128 : Tile::BLOCKS == 2 ? 216 : GROUPS == 2 ? (DRAWN ? 224 : 232) : (DRAWN ? 152 : 160),
+        DRAWN = Tile::DRAWN, STAGES = Tile::STAGES, INFOS = 4, SKIPS = Tile::SKIPS, GROUPS = Tile::GROUPS, BLOCK_M = 64 * GROUPS,
+        BLOCK_N = Tile::BLOCK_N, Q_STAGES = Tile::Q_STAGES, THREADS = 128 * (GROUPS + 1), PANELS = (D + 63) / 64,
+        BY_TMA = Tile::BY_TMA,
+        PRODUCER_REGISTERS = Tile::BLOCKS > 1 || GROUPS == 4 ? 32 : DRAWN ? 56 : GROUPS == 2 ? 40 : 32,
+        CONSUMER_REGISTERS = Tile::BLOCKS > 1 ? 128 : GROUPS == 4 ? 112 : GROUPS == 3 ? (DRAWN ? 152 : 160) : DRAWN ? 224 : 232,
         Q_BYTES = BLOCK_M * PANELS * 128, KV_BYTES = BLOCK_N * PANELS * 128,
         Q_AT = 0, K_AT = Q_AT + Q_STAGES * Q_BYTES, V_AT = K_AT + STAGES * KV_BYTES, O_AT = V_AT + STAGES * KV_BYTES,
         FLAG_STAGES = DRAWN ? 4 : 0, FLAG_WORDS = (DRAWN + 3) / 4, FLAGS_BYTES = 128 * GROUPS * FLAG_WORDS * 4,
         O_PANELS = Tile::O_PANELS, FLAGS_AT = O_AT + BLOCK_M * O_PANELS * 128, INFO_AT = FLAGS_AT + FLAG_STAGES * FLAGS_BYTES,
         BARRIERS_AT = INFO_AT + INFOS * (int)sizeof(forward_tile_info),
         Q_FULL = 0, Q_EMPTY = Q_FULL + Q_STAGES, K_FULL = Q_EMPTY + Q_STAGES, K_EMPTY = K_FULL + STAGES, V_FULL = K_EMPTY + STAGES,
-        V_EMPTY = V_FULL + STAGES,
-        INFO_FULL = V_EMPTY + STAGES, FLAGS_FULL = INFO_FULL + INFOS, FLAGS_EMPTY = FLAGS_FULL + FLAG_STAGES,
+        V_EMPTY = V_FULL + STAGES, O_FULL = V_EMPTY + STAGES, O_EMPTY = O_FULL + (BY_TMA ? Q_STAGES : 0),
+        INFO_FULL = O_EMPTY + (BY_TMA && Q_STAGES == 1), FLAGS_FULL = INFO_FULL + INFOS, FLAGS_EMPTY = FLAGS_FULL + FLAG_STAGES,
         BARRIERS = DRAWN ? FLAGS_EMPTY + FLAG_STAGES : INFO_FULL,
         ALIGNMENT = 1024, SHARED_BYTES = BARRIERS_AT + 8 * BARRIERS + ALIGNMENT,
     };
     static_assert(BLOCK_N % 16 == 0 && BLOCK_N <= 256 && D % 16 == 0 && SHARED_BYTES <= 227 * 1024, "a tile that fits");
 };
+
+/* Whether TMA takes 16 rows out: all of them, or dense ones, of which it writes those that there are. */
+FA_DEVICE bool leaves_by_tma(const fa_sm90_forward_args &f, int first, int sq)
+{
+    return f.store && first < sq && (!f.a.p.cu_q || first + 16 <= sq);
+}
 
 template <int D, class Tile> struct forward_producer : forward_shape<D, Tile> {
     using shape = forward_shape<D, Tile>;
@@ -71,7 +78,10 @@ template <int D, class Tile> struct forward_producer : forward_shape<D, Tile> {
     {
         const int m_tiles = f.a.m_tiles, heads = (int)(f.a.p.b * f.a.p.h);
         if (f.section) {
-            const int first = unit / (f.section * m_tiles) * f.section, width = min(f.section, heads - first), at = unit - first * m_tiles;
+            const int first = unit / (f.section * m_tiles) * f.section, width = min(f.section, heads - first);
+            int at = unit - first * m_tiles;
+            /* A head's last tile may be short: rounds of blocks start with one tile and another, lest some blocks get all of these. */
+            if (shape::SKIPS && f.section == 1 && !f.counter) at = (at + first * m_tiles / (int)gridDim.x) % m_tiles;
             m = m_tiles - 1 - at / width;
             batch_head = first + at % width;
         } else {
@@ -112,7 +122,6 @@ template <int D, class Tile> struct forward_producer : forward_shape<D, Tile> {
             const int whole_first = (first_key(a, s, i_end) + BLOCK_N - 1) / BLOCK_N, whole_last = max(last_key(a, s, i0), 0) / BLOCK_N;
             store_shared_16(at + 32, make_uint4(whole_first, whole_last, s.k0, 0));
             if (shape::DRAWN) mbarrier_arrive(barrier(shape::INFO_FULL + tiles % shape::INFOS));
-            if (tiles) prefetch(s.q0 + i0, s.k0 + (n_last - 1) * BLOCK_N, b, head);
             advance_unit();
             return true;
         }
@@ -120,16 +129,6 @@ template <int D, class Tile> struct forward_producer : forward_shape<D, Tile> {
         if (shape::DRAWN) mbarrier_arrive(barrier(shape::INFO_FULL + tiles % shape::INFOS));
         return false;
     }
-    __device__ __forceinline__ void prefetch(int q_row, int k_row, int b, int head) const
-    {
-        #pragma unroll
-        for (int panel = 0; panel < PANELS; panel++) {
-            tma_prefetch_box(f.q, 64 * panel, q_row, head, f.a.p.cu_q ? 0 : b);
-            tma_prefetch_box(f.k, 64 * panel, k_row, head / f.a.group, f.a.p.cu_k ? 0 : b);
-            tma_prefetch_box(f.v, 64 * panel, k_row, head / f.a.group, f.a.p.cu_k ? 0 : b);
-        }
-    }
-
     /* The place in the ring of Q for the tile that find() wrote down: its barrier, when it is free. */
     __device__ __forceinline__ uint32_t free_q()
     {
@@ -154,7 +153,8 @@ template <int D, class Tile> struct forward_producer : forward_shape<D, Tile> {
             }
             const uint32_t full = free_q();
             mbarrier_arrive_expect(full, shape::Q_BYTES);
-            load_panels(shared + shape::Q_AT + tiles % Q_STAGES * shape::Q_BYTES, BLOCK_M * 128, f.q, x.w + x.z, x.y, f.a.p.cu_q ? 0 : x.x, full, EVICT_FIRST);
+            load_panels(shared + shape::Q_AT + tiles % Q_STAGES * shape::Q_BYTES, BLOCK_M * 128, f.q, x.w + x.z, x.y, f.a.p.cu_q ? 0 : x.x,
+                        full, EVICT_FIRST);
             if (Q_STAGES > 1) {
                 load_block(f.k, shape::K_AT, shape::K_FULL, shape::K_EMPTY, keys++, last_row, head, batch);
                 if (tiles) load_v(row);
@@ -169,6 +169,47 @@ template <int D, class Tile> struct forward_producer : forward_shape<D, Tile> {
         }
         if (tiles) load_v(row);
         mbarrier_arrive(free_q());
+    }
+};
+
+/* The thread that hands finished rows to TMA, and their place on when they have been read: Q's next tile gets it, or the next rows.
+ * Consumers that did so themselves would keep descriptors in vector registers, 40 instructions a block: after a branch that not all
+ * warps or lanes take ptxas has no more use for uniform ones. */
+template <int D, class Tile> struct forward_storer : forward_shape<D, Tile> {
+    using shape = forward_shape<D, Tile>;
+    using shape::Q_STAGES, shape::PANELS;
+
+    const fa_sm90_forward_args &f;
+    const uint32_t shared;
+
+    __device__ __forceinline__ uint32_t barrier(int n) const { return shared + shape::BARRIERS_AT + 8 * n; }
+
+    /* Panels [FIRST, PANELS) of 16 rows of a tile. */
+    __device__ __forceinline__ void store(int place, int row, const uint4 &tile) const
+    {
+        constexpr int FIRST = Q_STAGES > 1 ? 0 : PANELS - shape::O_PANELS;
+        const uint32_t from = shared + (Q_STAGES > 1 ? shape::Q_AT + place * shape::Q_BYTES + row * 128
+                                                     : shape::O_AT + row * shape::O_PANELS * 128);
+        const int pitch = Q_STAGES > 1 ? shape::BLOCK_M * 128 : 16 * 128;
+        #pragma unroll
+        for (int panel = FIRST; panel < PANELS; panel++)
+            tma_store(from + (panel - FIRST) * pitch, f.out, 64 * panel, tile.w + tile.z + row, tile.y, f.a.p.cu_q ? 0 : tile.x);
+    }
+    __device__ __forceinline__ void run() const
+    {
+        for (int n = 0; ; n++) {
+            const int place = n % Q_STAGES;
+            mbarrier_wait(barrier(shape::O_FULL + place), n / Q_STAGES & 1);
+            const uint32_t at = shared + shape::INFO_AT + n % shape::INFOS * sizeof(forward_tile_info);
+            const uint4 x = load_shared_16(at), y = load_shared_16(at + 16);
+            if ((int)x.x < 0) return;
+            #pragma unroll 1
+            for (int row = 0; row < shape::BLOCK_M; row += 16)
+                if (leaves_by_tma(f, (int)x.z + row, (int)y.x)) store(place, row, x);
+            bulk_commit();
+            bulk_wait_read<0>();
+            mbarrier_arrive(barrier(Q_STAGES > 1 ? shape::Q_EMPTY + place : shape::O_EMPTY));
+        }
     }
 };
 

@@ -8,8 +8,9 @@
 extern "C" {
 #endif
 
-/* One type and head-dim bucket of the forward pass; brief: the plain kernel for short sequences. */
-typedef const struct fa_cuda_kernel *fa_sm90_find(enum fa_variant variant, bool brief);
+/* One type and head-dim bucket of the forward pass; BRIEF: the plain kernel for short sequences, SMALL: for few queries too. */
+enum fa_sm90_size { FA_SM90_USUAL, FA_SM90_BRIEF, FA_SM90_SMALL };
+typedef const struct fa_cuda_kernel *fa_sm90_find(enum fa_variant variant, enum fa_sm90_size size);
 
 fa_sm90_find fa_sm90_forward_fp16_64, fa_sm90_forward_fp16_96, fa_sm90_forward_fp16_128, fa_sm90_forward_fp16_192,
              fa_sm90_forward_fp16_256;

@@ -91,6 +91,14 @@ FA_DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.glob
 
 /* Hardware barrier `id` of 1..15 (0 is __syncthreads'), for `threads` that sync or arrive. */
 FA_DEVICE void barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
+FA_DEVICE void barrier_sync_if(bool so, int id, int threads)      /* no branch, which wgmma under way would not stand */
+{
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %0, 0; @p bar.sync %1, %2; }" :: "r"((int)so), "r"(id), "r"(threads) : "memory");
+}
+FA_DEVICE void barrier_arrive_if(bool so, int id, int threads)
+{
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %0, 0; @p bar.arrive %1, %2; }" :: "r"((int)so), "r"(id), "r"(threads) : "memory");
+}
 FA_DEVICE void barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
 
 /* Registers a thread from here on: all warps of the warpgroup. Needs __launch_bounds__(threads, 1). */
