@@ -33,6 +33,15 @@ def test_sizes(device, dtype, sizes, causal):
     check_forward(Problem(dtype, sq=sizes[0], sk=sizes[1], causal=causal, d=64), device)
 
 
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("sizes", [(512, 512), (449, 600), (600, 449)], ids=str)
+@pytest.mark.parametrize("options", [
+    dict(causal=True), dict(window=(100, 30)), dict(causal=True, dropout_p=0.1), dict(dropout_p=0.1)], ids=str)
+def test_warpgroups_that_see_little_or_have_no_rows(device, d, sizes, options):
+    """Tiles of up to 256 rows, in short sequences: some of their rows may lie beyond the sequence or see fewer keys."""
+    check_forward(Problem(torch.bfloat16, b=1, sq=sizes[0], sk=sizes[1], h=1, d=d, **options), device)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", HEAD_DIMS)
 def test_head_dims(device, dtype, d):

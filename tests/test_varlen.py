@@ -23,6 +23,14 @@ def test_ragged(device, lengths, features):
         Problem(dtype, seqlens_q=lengths[0], seqlens_k=lengths[1], h=4, hk=2, **features).check(device)
 
 
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("features", [dict(), dict(causal=True), dict(causal=True, dropout_p=0.1)], ids=str)
+def test_warpgroups_that_have_no_rows(device, d, features):
+    """Tiles of up to 256 rows, of which a sequence may fill one warpgroup's."""
+    lengths = (512, 0, 129, 300, 64, 257), (512, 70, 300, 129, 64, 257)
+    Problem(torch.bfloat16, seqlens_q=lengths[0], seqlens_k=lengths[1], tail=9, h=1, d=d, **features).check(device)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("features", FEATURES, ids=str)
 def test_rows_beyond_the_sequences_are_zero(device, dtype, features):

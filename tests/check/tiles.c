@@ -44,10 +44,19 @@ int main(void)
 {
 #ifdef FA_WITH_SM90
     for (size_t n = 0; n < sizeof hopper_tables / sizeof *hopper_tables; n++) {
-        for (enum fa_variant variant = FA_PLAIN; variant < FA_VARIANTS; variant++)
-            print(hopper_tables[n].name, variant, "", hopper_tables[n].find(variant, false));
-        const struct fa_cuda_kernel *brief = hopper_tables[n].find(FA_PLAIN, true);
-        if (brief->function != hopper_tables[n].find(FA_PLAIN, false)->function) print(hopper_tables[n].name, FA_PLAIN, " brief", brief);
+        const char *const sizes[] = { "", " brief", " small" };
+        const void *before = NULL;
+        for (enum fa_variant variant = FA_PLAIN; variant < FA_SM80_VARIANTS; variant++) {
+            const struct fa_cuda_kernel *kernel = hopper_tables[n].find(variant, FA_SM90_USUAL);
+            if (kernel->function != before) print(hopper_tables[n].name, variant, "", kernel);
+            before = kernel->function;
+        }
+        before = hopper_tables[n].find(FA_PLAIN, FA_SM90_USUAL)->function;
+        for (enum fa_sm90_size size = FA_SM90_BRIEF; size <= FA_SM90_SMALL; size++) {
+            const struct fa_cuda_kernel *kernel = hopper_tables[n].find(FA_PLAIN, size);
+            if (kernel->function != before) print(hopper_tables[n].name, FA_PLAIN, sizes[size], kernel);
+            before = kernel->function;
+        }
     }
     for (size_t n = 0; n < sizeof added_tables / sizeof *added_tables; n++) {
         const struct fa_cuda_kernel *kernel = added_tables[n].find(FA_BFLOAT16);
