@@ -123,11 +123,11 @@ def test_runs_on_the_device_of_its_tensors():
 
 # ---- blocks with several tiles ----
 
-@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.1}, {"softcap": 5.0}], ids=str)
-@pytest.mark.parametrize("d", [64, 96, 128])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"dropout_p": 0.1}, {"softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("d", [64, 96, 128, 256])
 def test_key_tiles_one_after_the_other(d, options):
-    """Where attention is full and short, Hopper's backward blocks take key tile after key tile, but not where dq must be deterministic;
-    out, dk and dv are the same to the bit."""
+    """Hopper's backward blocks take short heads' key tiles one after the other, in another order where dq must be deterministic; out,
+    dk and dv are the same to the bit."""
     inputs = random(20, 500, 8, d), *(random(20, 500, 4, d, seed=seed) for seed in (1, 2))
     torch.manual_seed(5)
     out, dq, dk, dv = gradients(*inputs, deterministic=True, **options)
@@ -136,6 +136,26 @@ def test_key_tiles_one_after_the_other(d, options):
         ours = gradients(*inputs, **options)
         assert torch.equal(ours[0], out) and torch.equal(ours[2], dk) and torch.equal(ours[3], dv)
         torch.testing.assert_close(ours[1], dq, rtol=2e-2, atol=4e-3 * dq.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [64, 72, 96, 128, 192, 256])
+@pytest.mark.parametrize("sq, sk, options", [
+    (300, 420, dict(causal=True)), (420, 300, dict(causal=True)), (300, 100, dict()), (1, 700, dict()), (257, 257, dict(window_size=(-1, 30))),
+    (300, 300, dict(causal=True, dropout_p=0.2)), (200, 300, dict(softcap=5.0)), (200, 300, dict(window_size=(100, 20)))], ids=str)
+def test_all_of_dq_is_written(monkeypatch, dtype, d, sq, sk, options):
+    """By Hopper's main kernel itself, head after head: as the portable kernels have it."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no Hopper")
+    monkeypatch.delenv("FLASH_ATTN_SMEM_KB", raising=False)
+    inputs = random(40, sq, 8, d, dtype=dtype), *(random(40, sk, 4, d, dtype=dtype, seed=seed) for seed in (1, 2))
+    results = {}
+    for kernel in "sm80", "sm90":
+        monkeypatch.setenv("FLASH_ATTN_KERNEL", kernel)
+        torch.manual_seed(5)
+        results[kernel] = gradients(*inputs, **options)
+    for ours, portable in zip(results["sm90"], results["sm80"]):
+        torch.testing.assert_close(ours, portable, rtol=2e-2, atol=6e-3 * portable.abs().max().item())
 
 
 # ---- sizes ----

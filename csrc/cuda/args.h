@@ -47,6 +47,8 @@ struct fa_cuda_args {
 
     int   row_pad, padded_rows;     /* backward: rows per head (packed) or per sequence and head, see dq_layout.cuh */
     float *dq_accum;                /* (padded rows, d_bucket) fp32, in the order of dq_layout.cuh */
+    bool  dq_is_made;               /* the main kernel turns the sums into dq */
+    int   *counters, counts;        /* sm90: `counts` ints that start at 0, see sm90/backward_args.h */
     float *lse2, *delta;            /* (padded rows,); lse as prepare.cu has it, +inf where every P is 0, padding included */
     int   *turns;                   /* (padded rows / 16,), with p.deterministic: key tiles that have added to a row tile's dq */
 

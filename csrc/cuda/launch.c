@@ -260,6 +260,7 @@ void fa_cuda_plan_backward(struct fa_cuda_args *a, int row_pad, int64_t *bytes)
     a->dq_accum = take(a, rows * a->d_bucket * (int64_t)sizeof(float), bytes);
     a->lse2 = take(a, rows * (int64_t)sizeof(float), bytes);
     a->delta = take(a, rows * (int64_t)sizeof(float), bytes);
+    a->counters = take(a, a->counts * (int64_t)sizeof(int), bytes);
     if (a->p.deterministic) a->turns = take(a, rows / 16 * (int64_t)sizeof(int), bytes);
 }
 
@@ -387,7 +388,7 @@ enum fa_status fa_cuda_run_backward(const struct fa_cuda_kernel *kernel, int64_t
     enum fa_status status = launch_scores(a, error);
     if (!status) status = fa_cuda_launch_rows("launch of the prepare kernel", fa_cuda_prepare, pad(a->p.sq, a->row_pad), a, error);
     if (!status) status = launch("launch of the backward kernel", kernel, blocks, 1, args, a->p.stream, overlaps, error);
-    if (!status) status = launch_rows("launch of the convert kernel", fa_cuda_convert, a->p.sq, a, overlaps, error);
+    if (!status && !a->dq_is_made) status = launch_rows("launch of the convert kernel", fa_cuda_convert, a->p.sq, a, overlaps, error);
     if (!status && a->p.dbias.ptr) status = launch_bias_gradient(a, error);
     if (!status && (a->p.cu_q || a->p.cu_k || a->p.seqused_k)) status = fa_cuda_launch_fill(fa_cuda_fill_backward, a, error);
     return status;

@@ -7,7 +7,7 @@
  *     narrow     a float64 attn_bias as fp32                          grid: enough for an element a thread, or fewer
  *     combine    out and lse from the partial results of key splits    grid: b h ceil(sq / block_m)
  *     dmask      s_dmask                                               grid: b h ceil(dmask_sq / block_m)
- *     prepare    lse2 and delta; dq_accum and turns become 0           grid: b h ceil(padded sq / block_m)
+ *     prepare    lse2 and delta; dq_accum, turns, counters become 0    grid: b h ceil(padded sq / block_m)
  *     convert    dq from dq_accum                                      grid: b h ceil(sq / block_m) */
 #ifndef FA_CUDA_LAUNCH_H
 #define FA_CUDA_LAUNCH_H
@@ -50,8 +50,8 @@ enum fa_status fa_cuda_launch_mask(const struct fa_cuda_args *a, struct fa_error
 
 /* The backward's pieces of the workspace, by the sizes and the d_bucket in `a`, behind *bytes, which grows; rows are padded to
  * row_pad, the kernel's query tile. Then its launches: prepare | the kernel, over `blocks` blocks and with `args` for its
- * parameter | convert | bias gradient, if wanted | fill, if packed or seqused_k. `overlaps`: the kernel waits for prepare itself, see
- * overlap.cuh. */
+ * parameter | convert, unless dq_is_made | bias gradient, if wanted | fill, if packed or seqused_k. `overlaps`: the kernel waits for
+ * prepare itself, see overlap.cuh. */
 void fa_cuda_plan_backward(struct fa_cuda_args *a, int row_pad, int64_t *bytes);
 enum fa_status fa_cuda_run_backward(const struct fa_cuda_kernel *kernel, int64_t blocks, const void *args, bool overlaps,
                                     const struct fa_cuda_args *a, struct fa_error *error);

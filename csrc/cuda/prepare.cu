@@ -3,7 +3,8 @@
  *     lse2 = lse log2 e        delta = sum_c dout_c out_c - dlse
  *
  * With a bias lse2 = lse: P takes it off before it goes to powers of two, since both may be as large as floats are. Rows without visible
- * keys (lse2 of either infinity, dq_layout.cuh's padding) get lse2 = +inf, which makes every P zero, and delta = 0. dq_accum and the turns start at 0.
+ * keys (lse2 of either infinity, dq_layout.cuh's padding) get lse2 = +inf, which makes every P zero, and delta = 0. dq_accum, turns
+ * and counters start at 0.
  *
  * Bound by memory: all loads of a thread are under way before the first is used. The last rows come first and out is not to stay, so
  * that L2 holds dout of the rows that the next kernel starts with. */
@@ -77,6 +78,7 @@ __global__ void __launch_bounds__(HELPER_THREADS, 3) prepare_kernel(const __grid
     bool exists[ROWS];
     float lse[ROWS], dlse[ROWS], sum[ROWS];
     next_kernel_may_start();
+    for (int64_t n = blockIdx.x * (int64_t)HELPER_THREADS + threadIdx.x; n < a.counts; n += gridDim.x * (int64_t)HELPER_THREADS) a.counters[n] = 0;
     if (rows <= 0) return;
     #pragma unroll
     for (int n = 0; n < ROWS; n++) {

@@ -1,13 +1,13 @@
 /* cuda/sm90/backward.c: the backward pass on Hopper, from a call to its launches.
  *
- *     pack, if masked | prepare | main kernel | convert | bias gradient | fill, if packed or seqused_k
+ *     pack, if masked | prepare | main kernel | convert, unless that made dq | bias gradient | fill, if packed or seqused_k
  *
  * All but the main kernel are those of sm_80. The plan is a pure function of the call and the device. */
 #include "../device.h"
 #include "backward_args.h"
 #include "kernels.h"
 
-enum { SECTION_BYTES = 16 << 20, BIAS_ROWS = 64, MOST_TILES_IN_TURN = 8 };
+enum { SECTION_BYTES = 16 << 20, BIAS_ROWS = 64 };
 
 static const struct bucket { int channels; fa_sm90_find_backward *find; } buckets[] = {
     { 64, fa_sm90_backward_64 }, { 96, fa_sm90_backward_96 }, { 128, fa_sm90_backward_128 }, { 192, fa_sm90_backward_192 },
@@ -23,7 +23,7 @@ static const struct bucket *bucket_of(const struct fa_params *p)
 }
 
 struct plan {
-    const struct fa_cuda_kernel *kernel;        /* blocks = 1: a block may work off several key tiles; 0: one each */
+    const struct fa_cuda_kernel *kernel;        /* blocks = 1: they may take tickets */
     const struct fa_cuda_kernel *bias_gradient; /* NULL: sm80's, or none is wanted */
     struct fa_sm90_backward_args args;
     int64_t bytes;
@@ -65,15 +65,23 @@ static const struct fa_cuda_kernel *bias_gradient_kernel(const struct fa_cuda_ar
     return t->ptr && vectors && dbias_tiles(&a->p, kernel) >= device->multiprocessors ? kernel : NULL;
 }
 
-/* Tiles of one length go round among as many blocks as run at a time, so that one's loads run behind another's end: where a block's
- * steps are few; with many, the hardware's order is better. Blocks that wait for each other (deterministic) must not depend on how
- * many run. */
+/* Blocks that take key tiles one by one load the next one's keys and queries while this one's results leave, and where they run on all
+ * multiprocessors make dq of the sums too. Up to d = 128, blocks that add to dq in turn (deterministic) have one key tile, since the threads
+ * that add for them know of no other; so do those of sequences with lengths of their own, for which tickets were not measured. */
+static void plan_order(struct plan *plan, const struct fa_cuda_device *device)
+{
+    struct fa_cuda_args *a = &plan->args.a;
+    const int64_t heads = a->p.b * a->p.hk, tiles = heads * a->n_tiles;
+    const bool ragged = is_ragged(&a->p);
+    plan->args.tickets = plan->kernel->blocks && (a->d_bucket > 128 || (!a->p.deterministic && !ragged));
+    a->counts = plan->args.tickets ? FA_TICKETS + (int)heads : 0;
+    a->dq_is_made = plan->args.tickets && !ragged && tiles >= device->multiprocessors && a->aligned_dq && a->p.d == a->d_bucket;
+}
+
 static int64_t blocks_of(const struct plan *plan, const struct fa_cuda_device *device)
 {
-    const struct fa_cuda_args *a = &plan->args.a;
-    const int64_t tiles = a->p.b * a->p.hk * a->n_tiles;
-    const bool alike = !is_bounded(a) && !is_ragged(&a->p) && !a->p.deterministic && a->n_tiles <= MOST_TILES_IN_TURN;
-    return plan->kernel->blocks && alike && tiles > device->multiprocessors ? device->multiprocessors : tiles;
+    const int64_t tiles = plan->args.a.p.b * plan->args.a.p.hk * plan->args.a.n_tiles;
+    return plan->args.tickets && tiles > device->multiprocessors ? device->multiprocessors : tiles;
 }
 
 static void make_plan(const struct fa_params *p, const struct fa_cuda_device *device, struct plan *plan)
@@ -87,11 +95,12 @@ static void make_plan(const struct fa_params *p, const struct fa_cuda_device *de
     a->n_tiles = (int)((p->sk + plan->kernel->block_n - 1) / plan->kernel->block_n);
     plan->bytes = 0;
     plan->args.bias_b = p->bias.stride_b != 0, plan->args.bias_h = p->bias.stride_h != 0;
+    plan->args.section = section_of(a);
+    plan_order(plan, device);
     fa_cuda_plan_mask(FA_BACKWARD, a, plan->kernel->block_m, plan->kernel->block_n, &plan->bytes);
     fa_cuda_plan_backward(a, plan->kernel->block_m, &plan->bytes);
     plan->bias_gradient = bias_gradient_kernel(a, device);
     if (!plan->bias_gradient) fa_cuda_plan_bias_gradient(a, device, &plan->bytes);
-    plan->args.section = section_of(a);
 }
 
 int64_t fa_sm90_backward_workspace(const struct fa_params *p)

@@ -11,7 +11,7 @@ template <enum fa_dtype T, int D> constexpr fa_cuda_kernel sm90_added_backward_f
     using Tile = sm90_added_backward_tile<D>;
     using kernel = sm90_backward<T, D, false, false, Tile>;
     return { (const void *)sm90_backward_kernel<T, D, false, false, Tile>, kernel::THREADS, kernel::Shared::BYTES, kernel::BLOCK_M,
-             kernel::BLOCK_N, kernel::PERSISTENT, 0 };
+             kernel::BLOCK_N, kernel::TAKES_TICKETS, 0 };
 }
 
 #define FA_SM90_ADDED_BACKWARD(D) \

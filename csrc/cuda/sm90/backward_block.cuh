@@ -25,9 +25,9 @@ template <int D, class Tile> struct sm90_backward_shared {
         K_FULL = BARRIERS, V_FULL = K_FULL + 8, K_FREE = V_FULL + 8, V_FREE = K_FREE + 8, Q_FULL = V_FREE + 8, DO_FULL = Q_FULL + 8 * STAGES,
         Q_FREE = DO_FULL + 8 * STAGES, DO_FREE = Q_FREE + 8 * STAGES, DS_FULL = DO_FREE + 8 * STAGES, DS_FREE = DS_FULL + 16,
         DQ_FULL = DS_FREE + 16, DQ_FREE = DQ_FULL + 8 * Tile::GROUPS,
-        P_FULL = DQ_FREE + 8 * Tile::GROUPS, P_FREE = P_FULL + 16, ZEROED = P_FREE + 16,
+        P_FULL = DQ_FREE + 8 * Tile::GROUPS, P_FREE = P_FULL + 16, DONE = P_FREE + 16, ZEROED = DONE + 16,
         DQ_NOTE = (ZEROED + 8 + 15) / 16 * 16, HIDDEN = DQ_NOTE + 16 * Tile::GROUPS,
-        BYTES = HIDDEN + (Tile::ADDED ? 4 * STAGES : 0),
+        TICKET = HIDDEN + (Tile::ADDED ? 4 * STAGES : 0), BYTES = TICKET + 4,
     };
     static_assert(BYTES <= 232448, "a block's limit");
 };
@@ -41,7 +41,7 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
         NT = BLOCK_M / 8, QT = BLOCK_M / 16, DT = D / 8, KV_STEPS = Tile::KV_REGISTERS ? D / 16 : 1,
         ALTERNATE = BLOCK_M == 64,      /* the warpgroups take turns at dQ, else each has 64 of its rows */
         DK_BEHIND = BLOCK_M == 64 && (D < 128 || !(MODS || DROPOUT || Tile::ADDED)),  /* dK runs into the next step: where registers last */
-        PERSISTENT = ROLES == 1 && !(MODS && D == 128) && !Tile::ADDED,        /* takes any number of key tiles, one by one */
+        TAKES_TICKETS = !Tile::ADDED,   /* takes any number of key tiles, one by one */
         GROUP = 1,                      /* named barriers, of a warpgroup each */
     };
 
@@ -51,10 +51,10 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
     const int b, kv_head, j0;
     const sequence seq;
     int m_first, m_last;                    /* query tiles [first, last) */
-    int &zeroed;                            /* how often this block has zeroed rows */
+    int &parities;                          /* bit 0: of the key tiles that this block has worked off, bit 1: of its zeroings */
 
-    __device__ __forceinline__ sm90_backward(const fa_sm90_backward_args &args_, uint32_t shared_, int batch, int kv, int n, int &zeroed_)
-        : args(args_), a(args_.a), shared(shared_), b(batch), kv_head(kv), j0(n * BLOCK_N), seq(sequence_of(a.p, batch)), zeroed(zeroed_)
+    __device__ __forceinline__ sm90_backward(const fa_sm90_backward_args &args_, uint32_t shared_, int batch, int kv, int n, int &parities_)
+        : args(args_), a(args_.a), shared(shared_), b(batch), kv_head(kv), j0(n * BLOCK_N), seq(sequence_of(a.p, batch)), parities(parities_)
     {
         const int j_end = min(j0 + BLOCK_N, seq.sk) - 1;
         const bool used = j0 < seq.sk;
@@ -88,6 +88,11 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
         if (skips()) find_visible(at);
         else if (at.m == m_last) { at.m = m_first; at.head++; }
     }
+    __device__ __forceinline__ position before(const position &at) const        /* where no tile is passed over */
+    {
+        const bool first = at.m == m_first;
+        return { at.head - first, (first ? m_last : at.m) - 1, at.step - 1 };
+    }
     __device__ __forceinline__ void find_visible(position &at) const
     {
         for (; at.head < (kv_head + 1) * a.group; at.head++, at.m = m_first) {
@@ -96,11 +101,11 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
         }
     }
 
-    __device__ __forceinline__ static void init_barriers(uint32_t shared)
+    __device__ __forceinline__ static void init_barriers(uint32_t shared, bool tickets)
     {
         mbarrier_init(shared + Shared::K_FULL, 1);
         mbarrier_init(shared + Shared::V_FULL, 1);
-        mbarrier_init(shared + Shared::K_FREE, 4 * GROUPS);
+        mbarrier_init(shared + Shared::K_FREE, 4 * GROUPS + tickets);
         mbarrier_init(shared + Shared::V_FREE, 4 * GROUPS);
         mbarrier_init(shared + Shared::ZEROED, 4 * GROUPS);
         for (int s = 0; s < STAGES; s++) {
@@ -114,6 +119,7 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
             mbarrier_init(shared + Shared::DS_FREE + 8 * s, ALTERNATE ? 4 : 4 * GROUPS);
             mbarrier_init(shared + Shared::P_FULL + 8 * s, 4);
             mbarrier_init(shared + Shared::P_FREE + 8 * s, 4);
+            mbarrier_init(shared + Shared::DONE + 8 * s, 4 * GROUPS);
         }
         for (int g = 0; g < GROUPS; g++) {
             mbarrier_init(shared + Shared::DQ_FULL + 8 * g, 4);
@@ -159,23 +165,34 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
                      at.head * args.bias_h, b * args.bias_b, barrier, EVICT_NORMAL);
     }
 
-    /* `first` and `tile` count the steps and the key tiles with steps that this block has worked off. */
-    __device__ __forceinline__ void produce(int first, int tile)
+    /* For those who walk behind the producer; a number beyond the last key tile's says that none is left. */
+    __device__ __forceinline__ static void announce(uint32_t shared, int ticket, int parities)
+    {
+        mbarrier_wait(shared + Shared::K_FREE, parities & 1 ^ 1);
+        store_shared_4(shared + Shared::TICKET, ticket);
+    }
+
+    /* `ticket` is this key tile's number; `first` counts the steps before it. */
+    __device__ __forceinline__ void produce(int ticket, int first)
     {
         const int end = first + steps();
+        announce(shared, ticket, parities);
+        if (end == first) {                     /* no query sees these keys */
+            mbarrier_arrive(shared + Shared::K_FULL);
+            mbarrier_wait(shared + Shared::V_FREE, parities & 1 ^ 1);
+            mbarrier_arrive(shared + Shared::V_FULL);
+            return;
+        }
+        load_keys(args.k, shared + Shared::K, shared + Shared::K_FULL);
         #pragma unroll 1
         for (position at = start(first); at.step < end; advance_to_next(at)) {
             const int s = at.step % STAGES, parity = at.step / STAGES % 2 ^ 1;
-            if (at.step == first) {
-                mbarrier_wait(shared + Shared::K_FREE, tile % 2 ^ 1);
-                load_keys(args.k, shared + Shared::K, shared + Shared::K_FULL);
-            }
             mbarrier_wait(shared + Shared::Q_FREE + 8 * s, parity);
             if (Tile::ADDED) load_added(at, s, shared + Shared::Q_FULL + 8 * s);
             load_queries(args.q, shared + Shared::Q + s * Shared::Q_BYTES, a.lse2, shared + Shared::LSE2 + s * BLOCK_M * 4,
                          at, shared + Shared::Q_FULL + 8 * s);
             if (at.step == first) {
-                mbarrier_wait(shared + Shared::V_FREE, tile % 2 ^ 1);
+                mbarrier_wait(shared + Shared::V_FREE, parities & 1 ^ 1);
                 load_keys(args.v, shared + Shared::V, shared + Shared::V_FULL);
             }
             mbarrier_wait(shared + Shared::DO_FREE + 8 * s, parity);
@@ -204,7 +221,8 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
                 store_shared_16(tile + p * ROWS * 128 + at, make_uint4(0, 0, 0, 0));
         fence_proxy_async();
         warp_arrive(Shared::ZEROED);
-        mbarrier_wait(shared + Shared::ZEROED, zeroed++ % 2);
+        mbarrier_wait(shared + Shared::ZEROED, parities >> 1);
+        parities ^= 2;
     }
 
     /* S^T or dP^T (64 keys, BLOCK_M) = keys queries^T. */
@@ -455,6 +473,23 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
         }
     }
 
+    /* This warp's sums of the key tile are there. */
+    __device__ __forceinline__ void say_done() const
+    {
+        if (!args.tickets) return;
+        if (Tile::BULK_DQ) bulk_wait<0>();
+        warp_arrive(Shared::DONE + 8 * (parities & 1));
+    }
+    /* One thread of the producer's tells other blocks, when all warps have said so of this block's `tile`th key tile. */
+    __device__ __forceinline__ void pass_on(int tile) const
+    {
+        mbarrier_arrive(shared + Shared::K_FREE);               /* has read the ticket */
+        mbarrier_wait(shared + Shared::DONE + 8 * (tile % 2), tile / 2 % 2);
+        fence_proxy_async_global();
+        __threadfence();
+        atomicAdd(a.counters + FA_TICKETS + b * (int)a.p.hk + kv_head, 1);
+    }
+
     /* The deterministic sums of one consumer warpgroup, by one thread of the producer's. */
     __device__ __forceinline__ void add_in_turn(int group, int first) const
     {
@@ -506,6 +541,45 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
         __syncwarp();
     }
 
+    /* The same out of registers: the lanes of a row trade their pairs, so that each has eight channels together. */
+    __device__ __forceinline__ void store_direct(const float (&x)[D / 2], int row16, float factor, const fa_tensor &t, int d, bool aligned)
+    {
+        const int lane = threadIdx.x & 31, quad = lane & 3;
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int r = row16 + (lane >> 2) + 8 * half, key = j0 + r;
+            const float scale = key < seq.sk ? factor : 0.0f;
+            uint16_t *to = (uint16_t *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + key) * t.stride_s + kv_head * t.stride_h + quad * 8;
+            #pragma unroll
+            for (int n = 0; n < DT; n += 4) {
+                uint32_t w[4];
+                #pragma unroll
+                for (int e = 0; e < 4; e++) w[e] = pack<T>(x[4 * (n + e) + 2 * half] * scale, x[4 * (n + e) + 2 * half + 1] * scale);
+                #pragma unroll
+                for (int bit = 1; bit < 4; bit *= 2) {
+                    const bool high = quad & bit;
+                    #pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        if (e & bit) continue;
+                        const uint32_t got = __shfl_xor_sync(0xffffffff, high ? w[e] : w[e + bit], bit);
+                        if (high) w[e] = got;
+                        else w[e + bit] = got;
+                    }
+                }
+                const int left = d - n * 8 - quad * 8;
+                if (key >= seq.k_rows || left <= 0) continue;
+                uint16_t *dst = to + n * 8;
+                if (aligned && left >= 8) {
+                    *(uint4 *)dst = make_uint4(w[0], w[1], w[2], w[3]);
+                } else {
+                    #pragma unroll
+                    for (int e = 0; e < 8; e++)
+                        if (e < left) dst[e] = (uint16_t)(w[e / 2] >> 16 * (e % 2));
+                }
+            }
+        }
+    }
+
     /* Left operands that a product has been reading until now. */
     __device__ __forceinline__ static void keep(uint32_t (&x)[QT][4])
     {
@@ -527,10 +601,10 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
     }
 
     /* Zeroes what lies behind the sequences in the tiles that are here. */
-    __device__ __forceinline__ void zero_keys(int tile)
+    __device__ __forceinline__ void zero_keys()
     {
-        mbarrier_wait(shared + Shared::K_FULL, tile % 2);
-        mbarrier_wait(shared + Shared::V_FULL, tile % 2);
+        mbarrier_wait(shared + Shared::K_FULL, parities & 1);
+        mbarrier_wait(shared + Shared::V_FULL, parities & 1);
         if ((a.p.cu_k || a.p.seqused_k) && j0 + BLOCK_N > seq.sk) {
             zero_rows<BLOCK_N>(shared + Shared::K, seq.sk - j0);
             zero_rows<BLOCK_N>(shared + Shared::V, seq.sk - j0);
@@ -549,9 +623,9 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
 
     enum : int { DQ_VALUES = D <= 192 ? 64 : 128, DQ_KEYS = D - DQ_VALUES };     /* channels of dQ by role */
 
-    __device__ void consume(int first, int tile);
-    __device__ void consume_values();
-    __device__ void consume_keys();
+    __device__ void consume(int first);
+    __device__ void consume_values(int first);
+    __device__ void consume_keys(int first);
     __device__ void values_dq(float (&dq)[DQ_VALUES / 2], const position &at);
 };
 

@@ -10,7 +10,7 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT> constexpr fa_cuda_ker
     using Tile = sm90_backward_tile<D, !MODS && !DROPOUT>;
     using kernel = sm90_backward<T, D, MODS, DROPOUT, Tile>;
     return { (const void *)sm90_backward_kernel<T, D, MODS, DROPOUT, Tile>, kernel::THREADS, kernel::Shared::BYTES,
-             kernel::BLOCK_M, kernel::BLOCK_N, kernel::PERSISTENT, 0 };
+             kernel::BLOCK_M, kernel::BLOCK_N, kernel::TAKES_TICKETS, 0 };
 }
 
 #define FA_SM90_BACKWARD_VARIANTS(T, D) { \

@@ -23,19 +23,19 @@ FA_SM90_BACKWARD_WALK::values_dq(float (&dq)[DQ_VALUES / 2], const position &at)
     add_dq<DQ_VALUES>(dq, at, 0, 0, 0);
 }
 
-FA_SM90_BACKWARD_WALK::consume_values()
+FA_SM90_BACKWARD_WALK::consume_values(int step0)
 {
-    const int row16 = (threadIdx.x >> 5 & 3) * 16, key = j0 + row16 + (threadIdx.x >> 2 & 7), total = steps();
-    const uint32_t exchange = shared + Shared::P + threadIdx.x % 128 * 16;
+    const int end = step0 + steps();
     float dv[D / 2] = {};
-    position before = start(0);
-    if (total > 0) zero_keys(0);
+    position at = start(step0);
+    zero_keys();
     #pragma unroll 1
-    for (position at = start(0); at.step < total; advance_to_next(at)) {
+    for (; at.step < end; advance_to_next(at)) {
         const int stage = at.step % STAGES, parity = at.step / STAGES % 2, i0 = at.m * BLOCK_M;
         const uint32_t q_tile = shared + Shared::Q + stage * Shared::Q_BYTES, do_tile = shared + Shared::DO + stage * Shared::Q_BYTES;
         const bool masked = first_key(a, seq, min(i0 + BLOCK_M, seq.sq) - 1) > j0 || last_key(a, seq, i0) < j0 + BLOCK_N;
         uint32_t left[QT][4], flags[QT][2];
+        const int thread = thread_anew(), key = j0 + (thread >> 5 & 3) * 16 + (thread >> 2 & 7);
         zero_queries(i0, stage, parity);
         {
             float s[BLOCK_M / 2] = {};
@@ -48,6 +48,7 @@ FA_SM90_BACKWARD_WALK::consume_values()
             probabilities(s, left, flags, at, key, masked, shared + Shared::LSE2 + stage * BLOCK_M * 4);
             warp_arrive(Shared::Q_FREE + 8 * stage);
             mbarrier_wait(shared + Shared::P_FREE + 8 * (at.step % 2), at.step / 2 % 2 ^ 1);
+            const uint32_t exchange = shared + Shared::P + thread_anew() % 128 * 16;
             #pragma unroll
             for (int q = 0; q < QT; q++) {
                 uint32_t p[4];
@@ -62,34 +63,34 @@ FA_SM90_BACKWARD_WALK::consume_values()
         mbarrier_wait(shared + Shared::DO_FULL + 8 * stage, parity);
         wgmma_fence();
         accumulate(dv, left, do_tile);
-        if (at.step > 0) {
+        if (at.step > step0) {
             float dq[DQ_VALUES / 2] = {};
-            values_dq(dq, before);
+            values_dq(dq, before(at));
         }
         wgmma_wait<0>();
         wgmma_result(dv);
         keep(left);
         warp_arrive(Shared::DO_FREE + 8 * stage);
-        before = at;
     }
-    if (total > 0) {
+    int done = end;
+    asm volatile("" : "+r"(done));              /* as in backward.cuh */
+    if (done > step0) {
         float dq[DQ_VALUES / 2] = {};
-        values_dq(dq, before);
+        values_dq(dq, before(at));
     }
+    say_done();
     warp_arrive(Shared::K_FREE);
     warp_arrive(Shared::V_FREE);
-    mbarrier_wait(shared + Shared::V_FREE, 0);              /* nobody reads V any more */
-    store<BLOCK_N>(dv, shared + Shared::V + row16 * 128, row16, DROPOUT ? a.kept : 1.0f, a.p.dv, (int)a.p.d_v, a.aligned_dv);
+    store_direct(dv, (thread_anew() >> 5 & 3) * 16, DROPOUT ? a.kept : 1.0f, a.p.dv, (int)a.p.d_v, a.aligned_dv);
 }
 
-FA_SM90_BACKWARD_WALK::consume_keys()
+FA_SM90_BACKWARD_WALK::consume_keys(int step0)
 {
-    const int row16 = (threadIdx.x >> 5 & 3) * 16, total = steps();
-    const uint32_t exchange = shared + Shared::P + threadIdx.x % 128 * 16;
+    const int end = step0 + steps();
     float dk[D / 2] = {};
-    if (total > 0) zero_keys(0);
+    zero_keys();
     #pragma unroll 1
-    for (position at = start(0); at.step < total; advance_to_next(at)) {
+    for (position at = start(step0); at.step < end; advance_to_next(at)) {
         const int stage = at.step % STAGES, parity = at.step / STAGES % 2, i0 = at.m * BLOCK_M;
         const uint32_t q_tile = shared + Shared::Q + stage * Shared::Q_BYTES, do_tile = shared + Shared::DO + stage * Shared::Q_BYTES;
         const uint32_t ds_tile = shared + Shared::DS + at.step % 2 * Shared::DS_BYTES;
@@ -102,6 +103,7 @@ FA_SM90_BACKWARD_WALK::consume_keys()
             wgmma_fence();
             product(dp, shared + Shared::V, do_tile);
             mbarrier_wait(shared + Shared::P_FULL + 8 * (at.step % 2), at.step / 2 % 2);
+            const uint32_t exchange = shared + Shared::P + thread_anew() % 128 * 16;
             #pragma unroll
             for (int q = 0; q < QT; q++) {
                 const uint4 p = load_shared_16(exchange + at.step % 2 * Shared::P_BYTES + q * 2048);
@@ -115,7 +117,7 @@ FA_SM90_BACKWARD_WALK::consume_keys()
             warp_arrive(Shared::DO_FREE + 8 * stage);
         }
         mbarrier_wait(shared + Shared::DS_FREE + 8 * (at.step % 2), at.step / 2 % 2 ^ 1);
-        store_ds(ds_tile, left, row16);
+        store_ds(ds_tile, left, (thread_anew() >> 5 & 3) * 16);
         fence_proxy_async();
         mbarrier_wait(shared + Shared::Q_FULL + 8 * stage, parity);
         wgmma_fence();
@@ -131,10 +133,10 @@ FA_SM90_BACKWARD_WALK::consume_keys()
         wgmma_result(dq);
         add_dq<DQ_KEYS>(dq, at, 0, 0, DQ_VALUES);
     }
+    say_done();
     warp_arrive(Shared::K_FREE);
     warp_arrive(Shared::V_FREE);
-    mbarrier_wait(shared + Shared::K_FREE, 0);
-    store<BLOCK_N>(dk, shared + Shared::K + row16 * 128, row16, a.scale, a.p.dk, (int)a.p.d, a.aligned_dk);
+    store_direct(dk, (thread_anew() >> 5 & 3) * 16, a.scale, a.p.dk, (int)a.p.d, a.aligned_dk);
 }
 
 #endif

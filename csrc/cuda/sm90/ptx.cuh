@@ -119,6 +119,14 @@ FA_DEVICE void store_global_16(void *dst, uint4 x)
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" :: "l"(dst), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
+/* 16 aligned bytes that another multiprocessor has written while this kernel runs. */
+FA_DEVICE float4 load_global_16(const float *src)
+{
+    float4 x;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(src) : "memory");
+    return x;
+}
+
 /* Four 8x8 matrices of 16-bit elements, ldmatrix's way back. */
 FA_DEVICE void stmatrix(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3)
 {
