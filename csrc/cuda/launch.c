@@ -85,15 +85,19 @@ int fa_cuda_shared_limit(const struct fa_cuda_device *device)
     return pretended > 0 ? (int)least(pretended << 10, device->shared_per_block) : device->shared_per_block;
 }
 
-/* The default tile where it fits, else the small one; NULL where neither does. */
+/* The default tile where as many blocks of it fit a multiprocessor as it is meant for, else the small one if that is so of it, else
+ * the first that fits at all; NULL where neither does. */
 static const struct fa_cuda_kernel *find_kernel(enum fa_pass pass, const struct fa_params *p, const struct fa_cuda_device *device)
 {
     fa_cuda_find *find = pass == FA_FORWARD ? bucket_of(p)->forward : bucket_of(p)->backward;
+    const struct fa_cuda_kernel *fits = NULL;
     for (int small = 0; small < 2; small++) {
         const struct fa_cuda_kernel *kernel = find(p->dtype, sm80_variant(p), small);
-        if (kernel->shared_bytes <= fa_cuda_shared_limit(device)) return kernel;
+        if (kernel->shared_bytes > fa_cuda_shared_limit(device)) continue;
+        if (kernel->blocks * (kernel->shared_bytes + RESERVED_SHARED_BYTES) <= device->shared_per_multiprocessor) return kernel;
+        if (!fits) fits = kernel;
     }
-    return NULL;
+    return fits;
 }
 
 /* ---- the plan ---- */

@@ -106,13 +106,13 @@ template <enum fa_dtype T> struct bias_gradient {
             const uint32_t x_at = left + warp * ROWS * ROW_BYTES + lane_rows<CHANNELS>(lane), y_at = right + lane_rows<CHANNELS>(lane);
             #pragma unroll
             for (int channel = 0; channel < CHANNELS; channel += 16) {
-                left_operand x;
-                load_left<CHANNELS, CUT>(x, step_rows(x_at, channel));
+                left_operand x[1];
+                load_left<CHANNELS, CUT>(x[0], step_rows(x_at, channel));
                 #pragma unroll
                 for (int n = 0; n < NT; n++) {
-                    right_operand y;
-                    load_right<CUT>(y, step_rows(y_at, channel) + n * 8 * ROW_BYTES);
-                    multiply(c[0][n], x, y);
+                    right_operand y[1];
+                    load_right<CUT>(y[0], step_rows(y_at, channel) + n * 8 * ROW_BYTES);
+                    multiply<CUT>(c, n, x, y);
                 }
             }
         } else {

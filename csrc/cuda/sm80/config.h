@@ -43,16 +43,20 @@ template <fa_variant V> struct backward_tile<128, V, true>         : backward_ro
 template <fa_variant V> struct backward_tile<192, V, true>         : backward_row< 32, 32, 1, 4, 2, 6, 1> {};
 template <fa_variant V> struct backward_tile<256, V, true>         : backward_row< 32, 32, 1, 4, 2, 4, 1> {};
 
-/* fp32, for every device. A warp has 16 or 32 queries forward, 16 keys backward; see fp32_backward.cuh for D = 256. */
-template <int D> struct fp32_forward_tile;
-template <int D> struct fp32_backward_tile;
-template <int BM, int BN> struct fp32_row { enum { BLOCK_M = BM, BLOCK_N = BN, WARPS = 4, BLOCKS = 2 }; };
-/*                                         BLOCK_M  BLOCK_N      KB */
-template <> struct fp32_forward_tile< 64> : fp32_row<128, 64> {};   /* 64 */
-template <> struct fp32_forward_tile<128> : fp32_row< 64, 64> {};   /* 96; 128 x 32 spills */
-template <> struct fp32_forward_tile<256> : fp32_row< 64, 16> {};   /* 96 */
-template <> struct fp32_backward_tile< 64> : fp32_row< 64, 64> {};  /* 65 */
-template <> struct fp32_backward_tile<128> : fp32_row< 32, 64> {};  /* 97 */
-template <> struct fp32_backward_tile<256> : fp32_row< 16, 32> {};  /* 97 */
+/* fp32. A warp has 16 or 32 queries forward, 16 keys backward; see fp32_backward.cuh for D = 256. SPLIT: tiles that every warp
+ * reads lie split in shared memory, see fp32.cuh. */
+template <int D, bool SMALL> struct fp32_forward_tile : fp32_forward_tile<D, false> {};
+template <int D, bool SMALL> struct fp32_backward_tile : fp32_backward_tile<D, false> {};
+template <int BM, int BN, bool S, int W, int B> struct fp32_row { enum { BLOCK_M = BM, BLOCK_N = BN, SPLIT = S, WARPS = W, BLOCKS = B }; };
+/*                                                BLOCK_M  BLOCK_N  SPLIT  WARPS  BLOCKS      KB */
+template <> struct fp32_forward_tile< 64, false>  : fp32_row<128,  32, true,  4, 2> {};     /*  64 */
+template <> struct fp32_forward_tile<128, false>  : fp32_row<128,  64, true,  8, 1> {};     /* 192 */
+template <> struct fp32_forward_tile<128, true>   : fp32_row< 64,  64, false, 4, 2> {};     /*  96; 128 x 32 spills */
+template <> struct fp32_forward_tile<256, false>  : fp32_row< 64,  16, false, 4, 2> {};     /*  96 */
+template <> struct fp32_backward_tile< 64, false> : fp32_row< 64,  64, true,  4, 2> {};     /*  97 */
+template <> struct fp32_backward_tile< 64, true>  : fp32_row< 64,  64, false, 4, 2> {};     /*  65 */
+template <> struct fp32_backward_tile<128, false> : fp32_row< 32, 128, true,  8, 1> {};     /* 192 */
+template <> struct fp32_backward_tile<128, true>  : fp32_row< 32,  64, false, 4, 2> {};     /*  97 */
+template <> struct fp32_backward_tile<256, false> : fp32_row< 16,  32, false, 4, 2> {};     /*  97 */
 
 #endif

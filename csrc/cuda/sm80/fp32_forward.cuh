@@ -3,28 +3,29 @@
  *     S = Q K^T    P = exp2(c S - m)    l = rowsum P    O = P V / l    lse = ln 2 (m + log2 l)        c = scale log2 e
  *
  * forward.cuh with the products of fp32.cuh: each warp owns 16 or 32 of the rows, all keys and all channels. K and V have room
- * for one tile each, and one loads while the other is worked with, so that the block fits every device:
+ * for one tile each, and one loads while the other is worked with:
  *
- *     barrier | load V(n)   S = Q K(n)^T | barrier | load K(n - 1)   softmax   O += P V(n)
+ *     split K(n) | barrier | load V(n)   S = Q K(n)^T   split V(n) | barrier | load K(n - 1)   softmax   O += P V(n)
  *
- * 32 rows a warp halve the work of splitting K and V into big and small; from D = 128 on the registers do not allow it.
- * Channels beyond d and d_v are passed over by 16 and 32, so that few buckets suffice. */
+ * A thread splits what it has copied itself, so that this costs no barrier. 32 rows a warp halve what it reads of K and V; from
+ * D = 128 on the registers do not allow it. Channels beyond d and d_v are passed over by 16 and 32, so that few buckets suffice. */
 #ifndef FA_SM80_FP32_FORWARD_CUH
 #define FA_SM80_FP32_FORWARD_CUH
 
 #include "fp32.cuh"
 
-template <int D, enum fa_variant VARIANT> struct fp32_forward {
-    using Tile = fp32_forward_tile<D>;
+template <int D, enum fa_variant VARIANT, class Tile> struct fp32_forward {
     enum : int {
         WARPS = Tile::WARPS, THREADS = 32 * WARPS, BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N,
         ROWS = BLOCK_M / WARPS, MT = ROWS / 16,             /* rows of a warp; 16-row pieces of them */
-        NT = BLOCK_N / 8, DT = D / 8, STEPS = MT * NT > 2 ? 1 : 2,      /* of S's product at once */
-        ROW_BYTES = 4 * D, KV_BYTES = BLOCK_N * ROW_BYTES, Q_BYTES = BLOCK_M * ROW_BYTES,
-        SHARED_BYTES = Q_BYTES + 2 * KV_BYTES, BIAS_BYTES = 0,
+        NT = BLOCK_N / 8, DT = D / 8, SPLIT = Tile::SPLIT,
+        STEPS = MT * NT > 2 ? 1 : 2,                        /* of S's product at once */
+        PAUSE = MT == 2 && VARIANT != FA_PLAIN ? 2 : 0,        /* in a step, see scores() */
+        KEYS_AT_ONCE = VARIANT == FA_PLAIN ? 2 : 1,         /* 16 each, of O's product */
+        ROW_BYTES = 4 * D, Q_BYTES = BLOCK_M * ROW_BYTES,
+        KV_BYTES = BLOCK_N * ROW_BYTES, KV_PLACE = (SPLIT ? 2 : 1) * KV_BYTES, SHARED_BYTES = Q_BYTES + 2 * KV_PLACE, BIAS_BYTES = 0,
     };
     static_assert(BLOCK_M % (16 * WARPS) == 0 && BLOCK_N % 16 == 0 && D % 64 == 0, "whole fragments");
-    static_assert(SHARED_BYTES <= 99 << 10, "fits every device");
 
     const fa_cuda_args &a;
     const int lane, warp, b, head, kv_head, i0;             /* i0: first query of the block */
@@ -33,12 +34,12 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
     int n_first, n_last;                                    /* key tiles [first, last) */
     const float *k_at, *v_at;                               /* this thread's start in the next tile to load */
 
-    float o[MT][DT][4];                                     /* columns as fp32.cuh says */
+    float o[DT / 4][MT][4][4];                                    /* columns as fp32.cuh says */
     float row_max[MT][2], row_sum[MT][2];                   /* rows g and g + 8 of each piece; the sum is this lane's share */
 
     __device__ __forceinline__ fp32_forward(const fa_cuda_args &args, int batch, int h, int m, uint32_t shared)
         : a(args), lane(threadIdx.x & 31), warp(threadIdx.x >> 5), b(batch), head(h), kv_head(h / args.group), i0(m * BLOCK_M),
-          seq(sequence_of(args.p, batch)), q_tile(shared), k_tile(shared + Q_BYTES), v_tile(k_tile + KV_BYTES)
+          seq(sequence_of(args.p, batch)), q_tile(shared), k_tile(shared + Q_BYTES), v_tile(k_tile + KV_PLACE)
     {
         #pragma unroll
         for (int m_ = 0; m_ < MT; m_++) {
@@ -47,46 +48,56 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
             #pragma unroll
             for (int j = 0; j < DT; j++)
                 #pragma unroll
-                for (int e = 0; e < 4; e++) o[m_][j][e] = 0.0f;
+                for (int e = 0; e < 4; e++) o[j / 4][m_][j % 4][e] = 0.0f;
         }
     }
 
+    template <bool PAIRS> using rows = whole_fp32_tile<D, THREADS, PAIRS>;
     __device__ __forceinline__ void load_queries()
     {
         const fa_tensor &q = a.p.q;
-        load_fp32_tile<BLOCK_M, D, THREADS>(q_tile, {
-            (const float *)q.ptr + b * q.stride_b + (seq.q0 + i0) * q.stride_s + head * q.stride_h, q.stride_s,
-            seq.sq - i0, (int)a.p.d, a.aligned_q });
+        const float *from = (const float *)q.ptr + b * q.stride_b + (seq.q0 + i0) * q.stride_s + head * q.stride_h;
+        if (a.whole_q && i0 + BLOCK_M <= seq.sq) rows<false>::template load<BLOCK_M>(q_tile, from + rows<false>::first(q.stride_s), q.stride_s);
+        else load_fp32_tile<BLOCK_M, D, THREADS>(q_tile, { from, q.stride_s, seq.sq - i0, (int)a.p.d, a.aligned_q });
     }
     /* Tile n of K or V, if there is one, from this thread's place in it, which moves on. Tiles come in descending order: all but the
      * first exist whole. */
-    using whole_rows = whole_fp32_tile<D, THREADS>;
-    __device__ __forceinline__ const float *place(const fa_tensor &t, int n) const
+    template <bool PAIRS> __device__ __forceinline__ const float *place(const fa_tensor &t, int n) const
     {
         return (const float *)t.ptr + b * t.stride_b + (int64_t)(seq.k0 + n * BLOCK_N) * t.stride_s + kv_head * t.stride_h
-             + whole_rows::first(t.stride_s);
+             + rows<PAIRS>::first(t.stride_s);
     }
+    template <bool PAIRS>
     __device__ __forceinline__ void load_keys(uint32_t tile, int n, const float *&at, const fa_tensor &t, int d, bool whole, bool aligned)
     {
         if (n >= n_first) {
-            if (has_mask<VARIANT>(a)) at = place(t, n);     /* the tile before may have been passed over */
-            if (whole && n < n_last - 1) whole_rows::template load<BLOCK_N>(tile, at, t.stride_s);
-            else load_fp32_tile<BLOCK_N, D, THREADS>(tile, { at - whole_rows::first(t.stride_s), t.stride_s, seq.sk - n * BLOCK_N, d, aligned });
+            if (has_mask<VARIANT>(a)) at = place<PAIRS>(t, n);      /* the tile before may have been passed over */
+            if (whole && n < n_last - 1) rows<PAIRS>::template load<BLOCK_N>(tile, at, t.stride_s);
+            else load_fp32_tile<BLOCK_N, D, THREADS, PAIRS>(
+                     tile, { at - rows<PAIRS>::first(t.stride_s), t.stride_s, seq.sk - n * BLOCK_N, d, aligned });
             at -= BLOCK_N * t.stride_s;
         }
         cp_async_commit();
     }
     __device__ __forceinline__ void load_k(int n)
     {
-        load_keys(k_tile, n, k_at, a.p.k, (int)a.p.d, a.whole_k, a.aligned_k);
+        load_keys<false>(k_tile, n, k_at, a.p.k, (int)a.p.d, a.whole_k, a.aligned_k);
     }
     __device__ __forceinline__ void load_v(int n)
     {
-        load_keys(v_tile, n, v_at, a.p.v, (int)a.p.d_v, a.whole_v, a.aligned_v);
+        load_keys<SPLIT>(v_tile, n, v_at, a.p.v, (int)a.p.d_v, a.whole_v, a.aligned_v);
     }
 
-    /* S (ROWS, BLOCK_N) = Q K^T */
-    template <bool CUT> __device__ __forceinline__ void scores(float (&s)[MT][NT][4])
+    __device__ __forceinline__ void load_keys_cut(right_operand &keys, int tile, int row, int channel) const
+    {
+        const fa_tensor &k = a.p.k;
+        const int j = tile * BLOCK_N + row;
+        load_right_cut(keys, (const float *)k.ptr + b * k.stride_b + (int64_t)(seq.k0 + j) * k.stride_s + kv_head * k.stride_h + channel,
+                       j < seq.sk ? (int)a.p.d - channel : 0);
+    }
+
+    /* S (ROWS, BLOCK_N) = Q K^T, for the keys of a tile. Summed as the backward pass sums it: how S is rounded cancels in S - lse. */
+    template <bool CUT> __device__ __forceinline__ void scores(float (&s)[MT][NT][4], int tile)
     {
         #pragma unroll
         for (int m = 0; m < MT; m++)
@@ -101,11 +112,17 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
             #pragma unroll
             for (int m = 0; m < MT; m++) load_left<D, CUT>(q[m], step_rows(q_at, channel) + m * 16 * ROW_BYTES);
             #pragma unroll
-            for (int n = 0; n < NT; n++) {
-                right_operand keys;
-                load_right<CUT>(keys, step_rows(k_at, channel) + n * 8 * ROW_BYTES);
+            for (int n = 0; n < NT; n += 2) {
+                if (n > 0 && n == PAUSE && opaque(channel) >= (int)a.p.d) break;    /* never: bounds what is loaded ahead, and registers */
+                right_operand keys[2];
                 #pragma unroll
-                for (int m = 0; m < MT; m++) multiply<CUT>(s[m][n], q[m], keys);
+                for (int x = 0; x < 2; x++) {
+                    const uint32_t from = step_rows(k_at, channel) + (n + x) * 8 * ROW_BYTES;
+                    if (!SPLIT) load_right<CUT>(keys[x], from);
+                    else if (CUT) load_keys_cut(keys[x], tile, (n + x) * 8 + (lane >> 2), channel + (lane & 3) * 4);
+                    else load_split_right<BLOCK_N, D>(keys[x], from);
+                }
+                multiply<CUT>(s, n, q, keys);
             }
         }
     }
@@ -194,7 +211,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
                     const float alpha = exp2_approx((row_max[m][half] - shift) * c); /* 0 for the first keys */
                     row_sum[m][half] *= alpha;
                     #pragma unroll
-                    for (int j = 0; j < DT; j++) o[m][j][2 * half] *= alpha, o[m][j][2 * half + 1] *= alpha;
+                    for (int j = 0; j < DT; j++) o[j / 4][m][j % 4][2 * half] *= alpha, o[j / 4][m][j % 4][2 * half + 1] *= alpha;
                 }
                 row_max[m][half] = top;
                 float sum = 0.0f;
@@ -237,15 +254,25 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
     __device__ __forceinline__ void accumulate(const float (&s)[MT][NT][4])
     {
         const uint32_t v_at = v_tile + lane_columns<D>(lane);
+        constexpr int KEYS = SPLIT && MT == 1 ? KEYS_AT_ONCE : 1;
         #pragma unroll
-        for (int k = 0; k < BLOCK_N / 16; k++) {
-            left_operand p[MT];
+        for (int k0 = 0; k0 < BLOCK_N / 16; k0 += KEYS) {
+            left_operand p[KEYS][MT];
             #pragma unroll
-            for (int m = 0; m < MT; m++) left_of(p[m], s[m][2 * k], s[m][2 * k + 1]);
+            for (int k = 0; k < KEYS; k++)
+                #pragma unroll
+                for (int m = 0; m < MT; m++) left_of(p[k][m], s[m][2 * (k0 + k)], s[m][2 * (k0 + k) + 1]);
             #pragma unroll
-            for (int j = 0; j < DT; j += 4) {
-                if (j * 8 >= (int)a.p.d_v) break;
-                multiply_columns<D>(o, j, p, v_at + k * 16 * ROW_BYTES + j * 32);
+            for (int j = 0; j < DT / 4; j++) {
+                if (j * 32 >= (int)a.p.d_v) break;
+                float small[MT][4][4] = {};
+                #pragma unroll
+                for (int k = 0; k < KEYS; k++) {
+                    const uint32_t at = v_at + (k0 + k) * 16 * ROW_BYTES + j * 128;
+                    if constexpr (SPLIT) multiply_split_columns<BLOCK_N, D>(o[j], small, p[k], at);
+                    else multiply_columns<D>(o[j], small, p[k], at);
+                }
+                add_small(o[j], small);
             }
         }
     }
@@ -256,11 +283,13 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
         float s[MT][NT][4];
         const int after = tile_after(n);
         cp_async_wait<0>();
+        if (SPLIT) split_fp32_tile<BLOCK_N, D, THREADS>(k_tile);
         __syncthreads();                            /* K(n) is here for all, and all are done with V(n + 1) */
         load_v(n);
-        scores<false>(s);
-        if (warp_overflows(s)) scores<true>(s);
+        scores<false>(s, n);
+        if (warp_overflows(s)) scores<true>(s, n);
         cp_async_wait<0>();
+        if (SPLIT) split_fp32_pairs<BLOCK_N, D, THREADS>(v_tile);
         __syncthreads();                            /* V(n) is here for all, and all are done with K(n) */
         load_k(after);
         if (MASKED || VARIANT != FA_PLAIN) modify<MASKED>(s, n * BLOCK_N);
@@ -277,8 +306,8 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
         const int whole_first = (first_key(a, seq, i_end) + BLOCK_N - 1) / BLOCK_N;
         const int whole_last = max(last_key(a, seq, i0), 0) / BLOCK_N;
         load_queries();
-        k_at = place(a.p.k, n_last - 1);
-        v_at = place(a.p.v, n_last - 1);
+        k_at = place<false>(a.p.k, n_last - 1);
+        v_at = place<SPLIT>(a.p.v, n_last - 1);
         int n = tile_after(n_last);
         load_k(n);
         while (n >= n_first) {
@@ -295,7 +324,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
         const bool empty = row_max[m][half] == -INFINITY && sum == 0.0f;
         const float factor = empty ? 0.0f : (VARIANT == FA_DROPOUT ? a.kept : 1.0f) / sum;
         #pragma unroll
-        for (int j = 0; j < DT; j++) o[m][j][2 * half] *= factor, o[m][j][2 * half + 1] *= factor;
+        for (int j = 0; j < DT; j++) o[j / 4][m][j % 4][2 * half] *= factor, o[j / 4][m][j % 4][2 * half + 1] *= factor;
         return empty ? -INFINITY : row_max[m][half] * (0.69314718f * a.exponent_scale) + 0.69314718f * log2_approx(sum);
     }
 
@@ -307,7 +336,7 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
             #pragma unroll
             for (int e = 2 * half; e < 2 * half + 2; e++)
                 store_chunk(row, j * 8 + e % 2 * 16 + (lane & 3) * 4, d, aligned,
-                            make_float4(o[m][j][e], o[m][j + 1][e], o[m][j + 2][e], o[m][j + 3][e]));
+                            make_float4(o[j / 4][m][0][e], o[j / 4][m][1][e], o[j / 4][m][2][e], o[j / 4][m][3][e]));
     }
 
     __device__ __forceinline__ void store()
@@ -348,12 +377,12 @@ template <int D, enum fa_variant VARIANT> struct fp32_forward {
 };
 
 /* Blocks of one head follow each other, longest rows first: its K and V stay in L2. */
-template <int D, enum fa_variant VARIANT>
-__global__ void __launch_bounds__(32 * fp32_forward_tile<D>::WARPS, fp32_forward_tile<D>::BLOCKS)
+template <int D, enum fa_variant VARIANT, class Tile>
+__global__ void __launch_bounds__(32 * Tile::WARPS, Tile::BLOCKS)
 fp32_forward_kernel(const __grid_constant__ fa_cuda_args a)
 {
     extern __shared__ __align__(128) uint8_t shared[];
-    using kernel = fp32_forward<D, VARIANT>;
+    using kernel = fp32_forward<D, VARIANT, Tile>;
     const block_place place = place_of_block<VARIANT>(a, (int)a.p.h, a.m_tiles);
     kernel block(a, place.b, place.head, a.m_tiles - 1 - place.tile, shared_address(shared));
     if (block.i0 >= block.seq.sq) return;
