@@ -68,14 +68,12 @@ int main(void)
                   hopper_backward_tables[n].find(FA_BFLOAT16, variant == FA_SCORE_MOD, variant == FA_DROPOUT));
 #endif
     for (size_t n = 0; n < sizeof tables / sizeof *tables; n++)
-        for (enum fa_variant variant = FA_PLAIN; variant < FA_SM80_VARIANTS; variant++) {
-            const void *before = variant == FA_PLAIN ? NULL : tables[n].find(FA_BFLOAT16, variant - 1, false)->function;
+        for (enum fa_variant variant = FA_PLAIN; variant < FA_SM80_VARIANTS; variant++)
             for (int small = 0; small < 2; small++) {
                 const struct fa_cuda_kernel *kernel = tables[n].find(FA_BFLOAT16, variant, small);
-                if (kernel->function == before) continue;
-                print(tables[n].name, variant, small ? " small" : "", kernel);
-                before = kernel->function;
+                const bool shared = (variant > FA_PLAIN && kernel->function == tables[n].find(FA_BFLOAT16, variant - 1, small)->function)
+                                 || (small && kernel->function == tables[n].find(FA_BFLOAT16, variant, false)->function);
+                if (!shared) print(tables[n].name, variant, small ? " small" : "", kernel);
             }
-        }
     return 0;
 }
