@@ -12,8 +12,9 @@ racecheck, forward_kernel with dropout, d 96 and more, false: each of the 6 writ
 warp's lanes store, __syncwarp(), and lane 0 arrives for all of them at the mbarrier that the readers wait for; the same the other
 way round. Proof: in a build in which all lanes arrive, nothing else changed, none of the reports is left (H200).
 
-initcheck, prepare_kernel, false: what it reads of out where TMA wrote it, as the forward kernels for short sequences do. Proof: in
-a build whose forward kernels store by hand, nothing else changed, none of the reports is left (H200).
+initcheck, prepare_kernel and copies to the host, false: what they read of out where TMA wrote it, as most forward kernels have it.
+Proof: in a build whose forward kernels store by hand, nothing else changed, none of the reports is left (H200). That all of out is
+written the tests show, whose allocator fills memory with NaN.
 """
 
 import argparse
@@ -30,7 +31,8 @@ import torch
 import gpu_report
 from problem import Problem
 
-FALSE = {("racecheck", "sm90_backward_kernel"), ("racecheck", "forward_kernel"), ("initcheck", "prepare_kernel")}
+FALSE = {("racecheck", "sm90_backward_kernel"), ("racecheck", "forward_kernel"), ("initcheck", "prepare_kernel"),
+         ("initcheck", "Host API memory access error")}
 TOOLS = {"memcheck": ["--leak-check=no"], "racecheck": [], "initcheck": [], "synccheck": []}
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 
@@ -76,7 +78,7 @@ def reports(output):
     for line, following in zip(lines, [*lines[1:], ""]):
         if line and not line.startswith((" ", "COMPUTE-SANITIZER", "ERROR SUMMARY", "RACECHECK SUMMARY", "Target application")):
             kernel = re.search(r"\w*kernel\w*", line + following)
-            found[kernel.group() if kernel else line] += 1
+            found[kernel.group() if kernel else line.partition(" at ")[0]] += 1
     return found
 
 

@@ -7,6 +7,7 @@ import torch
 import flash_attn
 from conftest import cuda_problem
 from flash_attn import ArgumentValueError, UnsupportedError, flash_attn_func, flash_attn_varlen_func
+from flash_attn._backend import draw_rng_state
 from problem import DTYPES, Inputs, Problem
 
 GIB = 2 ** 30
@@ -92,20 +93,19 @@ def test_graph_replay_splits_keys():
 
 
 def test_graph_replay_changes_the_dropout_mask():
-    """Every replay draws anew, and torch.manual_seed repeats the row of masks."""
-    q, k = torch.zeros(1, 128, 2, 64, device="cuda", dtype=torch.float16), random(1, 64, 2, 64, dtype=torch.float16)
-    v = torch.eye(64, device="cuda", dtype=torch.float16)[None, :, None].expand(1, -1, 2, -1)
-    graph, out = capture(lambda: flash_attn_func(q, k, v, dropout_p=0.5))
+    """Every replay draws a state anew, and drops what an eager call drops with that state."""
+    q, k, v = random(1, 128, 2, 64), random(1, 64, 2, 64, seed=1), random(1, 64, 2, 64, seed=2)
 
-    def masks():
-        torch.manual_seed(5)
-        for _ in range(4):
-            graph.replay()
-            yield out > 0
-
-    first, again = list(masks()), list(masks())
-    assert all(torch.equal(x, y) for x, y in zip(first, again))
-    assert not any(torch.equal(x, y) for n, x in enumerate(first) for y in first[:n])
+    def call():
+        state = draw_rng_state("cuda")
+        return state, flash_attn_func(q, k, v, dropout_p=0.5, rng_state=state)
+    graph, (state, out) = capture(call)
+    states = []
+    for _ in range(8):
+        graph.replay()
+        assert torch.equal(out, flash_attn_func(q, k, v, dropout_p=0.5, rng_state=state))
+        states.append(state.tolist())
+    assert len({tuple(state) for state in states}) == len(states)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -43,7 +43,7 @@ struct fa_cuda_args {
 
     int   splits;                   /* forward: over the keys */
     float *partial_out;             /* (splits, rows, d_bucket): normalised */
-    float *partial_lse;             /* (splits, rows): rows = sum over sequences and heads, index (b h) or (h, total) as lse */
+    void *partial_lse;              /* (splits, rows) float2, see combine.cu: rows = sum over sequences and heads, index (b h) or (h, total) as lse */
 
     int   row_pad, padded_rows;     /* backward: rows per head (packed) or per sequence and head, see dq_layout.cuh */
     float *dq_accum;                /* (padded rows, d_bucket) fp32, in the order of dq_layout.cuh */

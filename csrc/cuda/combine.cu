@@ -1,8 +1,10 @@
 /* cuda/combine.cu: out and lse from the partial results of key splits.
  *
- *     lse = log sum_s exp(lse_s)        out = sum_s exp(lse_s - lse) out_s
+ *     lse = m + log l        l = sum_s exp(m_s - m + log l_s)        out = sum_s exp(m_s - m + log l_s) / l out_s
  *
- * A split that saw no key of a row has lse_s = -inf and weight 0; a row that no split saw a key of is empty: 0 and -inf. */
+ * A split's lse comes as m_s, what its exponentials are relative to, and log l_s, of their sum: of a row whose scores are huge, all of
+ * them the least finite number for one, their sum would forget how many keys a split has. A split that saw no key of a row has
+ * m_s = -inf and weight 0; a row that no split saw a key of is empty: 0 and -inf. */
 #include "row.cuh"
 
 template <enum fa_dtype T>
@@ -16,16 +18,17 @@ __global__ void __launch_bounds__(HELPER_THREADS) combine_kernel(const __grid_co
     const int64_t rows = p.cu_q ? p.total_q * p.h : p.b * p.h * p.sq;
     const int64_t row = p.cu_q ? r.head * p.total_q + s.q0 + r.i : ((int64_t)r.b * p.h + r.head) * p.sq + r.i;
 
+    const float2 *lse = (const float2 *)a.partial_lse + row;                       /* (splits, rows) */
     float top = -INFINITY, sum = 0.0f;
-    for (int split = 0; split < a.splits; split++) top = fmaxf(top, a.partial_lse[split * rows + row]);
+    for (int split = 0; split < a.splits; split++) top = fmaxf(top, lse[split * rows].x);
     if (top == -INFINITY) top = 0.0f;                       /* an empty row: every weight is 0 */
-    for (int split = 0; split < a.splits; split++) sum += expf(a.partial_lse[split * rows + row] - top);
+    for (int split = 0; split < a.splits; split++) sum += expf(lse[split * rows].x - top + lse[split * rows].y);
     const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
 
     for (int c = r.lane * CHUNK; c < p.d_v; c += ROW_LANES * CHUNK) {
         float out[CHUNK] = {};
         for (int split = 0; split < a.splits; split++) {
-            const float weight = expf(a.partial_lse[split * rows + row] - top) * factor;
+            const float weight = expf(lse[split * rows].x - top + lse[split * rows].y) * factor;
             float part[CHUNK];
             load_chunk<FA_FLOAT32>(part, a.partial_out + (split * rows + row) * a.d_bucket + c, CHUNK, true);
             #pragma unroll

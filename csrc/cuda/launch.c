@@ -20,7 +20,7 @@
 #define GRID_LIMIT ((int64_t)INT32_MAX)
 
 enum { LARGEST_HEAD_DIM = 256, SMALLEST_CAPABILITY = 80, SMALLEST_BLOCK = 8, LARGEST_BLOCK = 128, ALIGNMENT = 128,
-       MOST_SPLITS = 32, LEAST_TILES_PER_SPLIT = 4, RESERVED_SHARED_BYTES = 1024, DEFAULT_SHARED_BYTES = 48 << 10,
+       MOST_SPLITS = 32, LEAST_KEYS_PER_SPLIT = 256, RESERVED_SHARED_BYTES = 1024, DEFAULT_SHARED_BYTES = 48 << 10,
        MASK_PAD = 128, NARROW_BLOCKS = 1 << 20, FILL_BLOCKS = 1024, MOST_BLOCKS_PER_GAP = 64 };
 
 struct plan {
@@ -188,7 +188,7 @@ static int choose_splits(const struct plan *plan, const struct fa_cuda_device *d
     const bool bounded = a->window_left >= 0 && a->window_right >= 0;
     const int64_t visible = bounded ? (int64_t)a->window_left + a->window_right + kernel->block_m : a->p.sk;
     const int64_t key_tiles = least(a->n_tiles, blocks_of(visible, kernel->block_n) + bounded);
-    const int64_t limit = least(MOST_SPLITS, key_tiles / LEAST_TILES_PER_SPLIT);
+    const int64_t limit = least(MOST_SPLITS, key_tiles * kernel->block_n / LEAST_KEYS_PER_SPLIT);
     double best = 0;
     if (tiles == 0 || 10 * tiles >= 8 * slots) return 1;
     for (int64_t splits = 1; splits <= limit; splits++) {
@@ -232,7 +232,7 @@ static void plan_forward(struct plan *plan, const struct fa_cuda_device *device)
     a->splits = choose_splits(plan, device);
     if (a->splits == 1) return;
     a->partial_out = take(a, a->splits * rows * a->d_bucket * (int64_t)sizeof(float), &plan->bytes);
-    a->partial_lse = take(a, a->splits * rows * (int64_t)sizeof(float), &plan->bytes);
+    a->partial_lse = take(a, a->splits * rows * 2 * (int64_t)sizeof(float), &plan->bytes);
 }
 
 /* Tiles of dbias that blocks own: one along an index that is summed over. */

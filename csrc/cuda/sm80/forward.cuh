@@ -485,16 +485,18 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             load_tile<BLOCK_M, D, THREADS, order>(q_tile, { from, q.stride_s, seq.sq - i0, (int)a.p.d, a.aligned_q });
     }
 
-    /* Normalises O; lse of row g + 8 half of piece m comes back. */
-    __device__ __forceinline__ float finish_row(int m, int half)
+    /* Normalises O; of row g + 8 half of piece m comes back what its exponentials are relative to, and the logarithm of their sum: lse
+     * in two parts. */
+    __device__ __forceinline__ float2 finish_row(int m, int half)
     {
         const float sum = quad_sum(row_sum[m][half]);
         const bool empty = row_shift[m][half] == NO_KEY && sum == 0.0f;
         const float factor = empty ? 0.0f : (DROPS ? a.kept * kept_factor<T>() : 1.0f) / sum;
         #pragma unroll
         for (int j = 0; j < DT; j++) o[m][j][2 * half] *= factor, o[m][j][2 * half + 1] *= factor;
-        if (huge >> (2 * m + half) & 1) return huge_top(m, half) * (0.69314718f * a.exponent_scale) + 0.69314718f * log2_approx(sum);
-        return empty ? -INFINITY : 0.69314718f * (row_shift[m][half] + log2_approx(sum));
+        const float log_sum = 0.69314718f * log2_approx(sum);
+        if (huge >> (2 * m + half) & 1) return make_float2(huge_top(m, half) * (0.69314718f * a.exponent_scale), log_sum);
+        return empty ? make_float2(-INFINITY, 0.0f) : make_float2(0.69314718f * row_shift[m][half], log_sum);
     }
 
     __device__ __forceinline__ void store()
@@ -508,8 +510,8 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int i = query(m, half), row = row_of(m, half);
-                const float value = finish_row(m, half);
-                if (i < seq.sq && (lane & 3) == 0) lse[(int64_t)(seq.q0 + i) * p.lse.stride_s] = value;
+                const float2 value = finish_row(m, half);
+                if (i < seq.sq && (lane & 3) == 0) lse[(int64_t)(seq.q0 + i) * p.lse.stride_s] = value.x + value.y;
                 #pragma unroll
                 for (int j = 0; j < DT; j++)
                     store_shared_4(own + tile_offset<D>(row, j) + (lane & 3) * 4, pack<T>(o[m][j][2 * half], o[m][j][2 * half + 1]));
@@ -531,10 +533,10 @@ template <enum fa_dtype T, int D, enum fa_variant VARIANT, class Tile> struct fo
             #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int i = query(m, half);
-                const float value = finish_row(m, half);
+                const float2 value = finish_row(m, half);
                 if (i >= seq.sq) continue;
                 const int64_t row = split * rows + row0 + i;
-                if ((lane & 3) == 0) a.partial_lse[row] = value;
+                if ((lane & 3) == 0) ((float2 *)a.partial_lse)[row] = value;
                 #pragma unroll
                 for (int j = 0; j < DT; j++)
                     *(float2 *)(a.partial_out + row * D + j * 8 + (lane & 3) * 2) = make_float2(o[m][j][2 * half], o[m][j][2 * half + 1]);

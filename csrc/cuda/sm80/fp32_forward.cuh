@@ -317,15 +317,16 @@ template <int D, enum fa_variant VARIANT, class Tile> struct fp32_forward {
         cp_async_wait<0>();
     }
 
-    /* Normalises O; lse of row g + 8 half of piece m comes back. */
-    __device__ __forceinline__ float finish_row(int m, int half)
+    /* Normalises O; lse of row g + 8 half of piece m comes back, in two parts as in forward.cuh. */
+    __device__ __forceinline__ float2 finish_row(int m, int half)
     {
         const float sum = quad_sum(row_sum[m][half]);
         const bool empty = row_max[m][half] == -INFINITY && sum == 0.0f;
         const float factor = empty ? 0.0f : (VARIANT == FA_DROPOUT ? a.kept : 1.0f) / sum;
         #pragma unroll
         for (int j = 0; j < DT; j++) o[j / 4][m][j % 4][2 * half] *= factor, o[j / 4][m][j % 4][2 * half + 1] *= factor;
-        return empty ? -INFINITY : row_max[m][half] * (0.69314718f * a.exponent_scale) + 0.69314718f * log2_approx(sum);
+        return empty ? make_float2(-INFINITY, 0.0f)
+                     : make_float2(row_max[m][half] * (0.69314718f * a.exponent_scale), 0.69314718f * log2_approx(sum));
     }
 
     /* This lane's share of a row: `d` columns. */
@@ -349,9 +350,9 @@ template <int D, enum fa_variant VARIANT, class Tile> struct fp32_forward {
             #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int i = query(m, half);
-                const float value = finish_row(m, half);
+                const float2 value = finish_row(m, half);
                 if (i >= seq.sq) continue;
-                if ((lane & 3) == 0) lse[(seq.q0 + i) * p.lse.stride_s] = value;
+                if ((lane & 3) == 0) lse[(seq.q0 + i) * p.lse.stride_s] = value.x + value.y;
                 store_row(out + (seq.q0 + i) * p.out.stride_s, m, half, (int)p.d_v, a.aligned_out);
             }
     }
@@ -367,10 +368,10 @@ template <int D, enum fa_variant VARIANT, class Tile> struct fp32_forward {
             #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int i = query(m, half);
-                const float value = finish_row(m, half);
+                const float2 value = finish_row(m, half);
                 if (i >= seq.sq) continue;
                 const int64_t row = split * rows + row0 + i;
-                if ((lane & 3) == 0) a.partial_lse[row] = value;
+                if ((lane & 3) == 0) ((float2 *)a.partial_lse)[row] = value;
                 store_row(a.partial_out + row * D, m, half, D, true);
             }
     }

@@ -605,7 +605,7 @@ template <enum fa_dtype T, int D, bool MODS, bool DROPOUT, class Tile> struct sm
     {
         mbarrier_wait(shared + Shared::K_FULL, parities & 1);
         mbarrier_wait(shared + Shared::V_FULL, parities & 1);
-        if ((a.p.cu_k || a.p.seqused_k) && j0 + BLOCK_N > seq.sk) {
+        if ((a.p.cu_k || a.p.seqused_k) && j0 < seq.sk && j0 + BLOCK_N > seq.sk) {      /* of unused keys nothing was loaded */
             zero_rows<BLOCK_N>(shared + Shared::K, seq.sk - j0);
             zero_rows<BLOCK_N>(shared + Shared::V, seq.sk - j0);
         }
