@@ -346,8 +346,13 @@ def parse_arguments():
     parser.add_argument("--quick", action="store_true", help="a small grid, to try it; results go to build/")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD",
                         help="cells with all of these: a pass, a dtype, a head dim, a length, causal, full, dropout")
+    parser.add_argument("--without", nargs="+", default=[], metavar="WORD",
+                        help="no cells with any of these, nor these implementations, where time on a GPU is short")
     parser.add_argument("--out", type=Path, help="results file instead of the default one")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for name in set(arguments.without) & set(PEERS):
+        del IMPLEMENTATIONS[name]
+    return arguments
 
 
 def words_of(cell):
@@ -363,7 +368,9 @@ def main():
     print(f"{results['machine']['name']}, torch {torch.__version__}, sources {results['stamp']['gpu']}, "
           f"8192^3 matrix product {results['gemm_tflops']:.0f} TFLOP/s", flush=True)
     results["host_us"] = measure_host_cost()
-    cells = measure_grid([cell for cell in grid(arguments.quick) if words_of(cell) >= set(arguments.only)], BUDGET)
+    cells = [cell for cell in grid(arguments.quick)
+             if words_of(cell) >= set(arguments.only) and not words_of(cell) & set(arguments.without)]
+    cells = measure_grid(cells, BUDGET)
     results = {**results, "summary": summarise(cells), "cells": cells}
     print_summary(results["summary"])
     folder = harness.RESULTS.parent.parent / "build" if arguments.quick else harness.RESULTS
