@@ -5,8 +5,9 @@
 starts itself under each of the four tools with every n-th call, without torch's caching allocator, so that each tensor
 is an allocation of its own. A shard fails by reports other than these, which are false, all on Hopper:
 
-racecheck, sm90_backward_kernel, false: each of the 34 writes that it names is a UBLKCP in the SASS, the bulk copy of lse2 or
-delta, whose mbarrier the readers wait for; it does not follow bulk copies that are no tensor's.
+racecheck, sm90_backward_kernel, false: each of the 34 writes that it named, before blocks took tickets, is a UBLKCP in the SASS,
+the bulk copy of lse2 or delta, whose mbarrier the readers wait for; it does not follow bulk copies that are no tensor's. Since then
+there are twice as many, not looked up in the SASS yet: the ticket's slot, which one thread writes between two mbarriers, is a guess.
 
 racecheck, forward_kernel with dropout, d 96 and more, false: each of the 6 writes is an STS into the ring of dropout flags. A
 warp's lanes store, __syncwarp(), and lane 0 arrives for all of them at the mbarrier that the readers wait for; the same the other
