@@ -1,6 +1,6 @@
 """Our GPU kernels beside what users would pick instead, in one process on one card.
 
-    python benchmarks/bench_attn.py [--quick] [--only forward 64 ...] [--out FILE]
+    python benchmarks/bench_attn.py [--quick] [--only forward 64 ...] [--without both efficient ...] [--out FILE]
 
 16,384 tokens of width 2048: head dims 64, 128 and 256, sequences of 512 to 16,384, causal or not, with and without dropout;
 forward, backward and both, in bfloat16; a smaller grid in float32. Peers: torch's scaled_dot_product_attention through each of
@@ -237,7 +237,8 @@ def measure_grid(cells, budget):
 def measure_host_cost():
     """Microseconds of the host for a call whose work on the GPU is next to nothing."""
     heading("Host cost of a call with one sequence of 128 tokens and one head, us")
-    names = [name for name in ("ours", "sm80", "fa2", "cudnn", "fa4") if name != "fa4" or flash_attention_4()]
+    names = [name for name in ("ours", "sm80", "fa2", "cudnn", "fa4")
+             if name in IMPLEMENTATIONS and (name != "fa4" or flash_attention_4())]
     table = Table("    pass", *(name.rjust(6) for name in names))
     rows = []
     for direction in "forward", "both":
@@ -349,10 +350,7 @@ def parse_arguments():
     parser.add_argument("--without", nargs="+", default=[], metavar="WORD",
                         help="no cells with any of these, nor these implementations, where time on a GPU is short")
     parser.add_argument("--out", type=Path, help="results file instead of the default one")
-    arguments = parser.parse_args()
-    for name in set(arguments.without) & set(PEERS):
-        del IMPLEMENTATIONS[name]
-    return arguments
+    return parser.parse_args()
 
 
 def words_of(cell):
@@ -363,6 +361,8 @@ def words_of(cell):
 def main():
     arguments = parse_arguments()
     torch.backends.cuda.matmul.allow_tf32 = False
+    for name in set(arguments.without) & set(PEERS):
+        del IMPLEMENTATIONS[name]
     results = harness.describe("cuda")
     results["gemm_tflops"] = harness.gemm_rate(torch.bfloat16, "cuda", 8192) * 1e-12
     print(f"{results['machine']['name']}, torch {torch.__version__}, sources {results['stamp']['gpu']}, "

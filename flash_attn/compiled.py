@@ -13,6 +13,8 @@ from . import _backend
 from ._backend import Operands, Options
 
 SIZES = Options._fields.index("scale")          # of the Options that are sizes, which may be symbols
+OPERANDS = len(Operands._fields)
+BIAS = Operands._fields.index("bias")
 
 
 def attention(q, k, v, operands, options, want_s_dmask):
@@ -26,13 +28,19 @@ def draw_rng_state(like):
     return torch.ops.flash_attn.draw_rng_state(like)
 
 
-# The tag keeps a graph from drawing anew where it computes the call a second time, as for activation checkpoints. Unlike
-# custom_op this refuses a second definition, which is what reloading the module would be.
+# The tag keeps a graph from drawing anew where it computes the call a second time, as for activation
+# checkpoints. Unlike custom_op this refuses a second definition, which is what reloading the module would be.
 if not hasattr(torch.ops.flash_attn, "draw_rng_state"):
     _library = torch.library.Library("flash_attn", "FRAGMENT")
     _library.define("draw_rng_state(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
     _library.impl("draw_rng_state", lambda like: _backend.draw_rng_state(like.device), "CompositeExplicitAutograd")
     torch.library.register_fake("flash_attn::draw_rng_state", lambda like: like.new_empty(2, dtype=torch.int64))
+
+
+def _unpacked(values):
+    """The Operands and Options among an operator's arguments."""
+    operands, sizes, scalars = values[:OPERANDS], values[OPERANDS], values[OPERANDS + 1:]
+    return Operands(*operands), Options(*sizes, *scalars)
 
 
 @torch.library.custom_op("flash_attn::attention", mutates_args=())
@@ -41,17 +49,16 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Optional[Tensor], cu
              bias: Optional[Tensor], mask: Optional[Tensor], sizes: Sequence[int], scale: float, softcap: float,
              window_left: int, window_right: int, dropout_p: float, deterministic: bool,
              want_s_dmask: bool) -> Tuple[Tensor, Tensor, Tensor]:
-    operands = Operands(cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, rng_state, bias, mask)
-    options = Options(*sizes, scale, softcap, window_left, window_right, dropout_p, deterministic)
+    operands, options = _unpacked((cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, rng_state, bias, mask, sizes,
+                                   scale, softcap, window_left, window_right, dropout_p, deterministic))
     out, lse, s_dmask = _backend.forward(q, k, v, operands, options, want_s_dmask)
     return out, lse, q.new_empty(0) if s_dmask is None else s_dmask
 
 
 @_forward.register_fake
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, rng_state, bias, mask, sizes, scale, softcap,
-      window_left, window_right, dropout_p, deterministic, want_s_dmask):
-    operands = Operands(cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, rng_state, bias, mask)
-    options = Options(*sizes, scale, softcap, window_left, window_right, dropout_p, deterministic)
+def _(q, k, v, *values):
+    *values, want_s_dmask = values
+    operands, options = _unpacked(values)
     out, lse = _backend.allocate_results(q, operands, options)
     return out, lse, _backend.allocate_s_dmask(q, options) if want_s_dmask else q.new_empty(0)
 
@@ -63,36 +70,42 @@ def _backward(dout: Tensor, dlse: Optional[Tensor], q: Tensor, k: Tensor, v: Ten
               mask: Optional[Tensor], sizes: Sequence[int], scale: float, softcap: float, window_left: int,
               window_right: int, dropout_p: float, deterministic: bool,
               want_dbias: bool) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    operands = Operands(cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, rng_state, bias, mask)
-    options = Options(*sizes, scale, softcap, window_left, window_right, dropout_p, deterministic)
+    operands, options = _unpacked((cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, rng_state, bias, mask, sizes,
+                                   scale, softcap, window_left, window_right, dropout_p, deterministic))
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    *gradients, dbias = _allocate_gradients(q, k, v, bias, want_dbias)
+    _backend.backward(dout, dlse, q, k, v, out, lse, *gradients, dbias if want_dbias else None, operands, options)
+    return *gradients, dbias
+
+
+def _allocate_gradients(q, k, v, bias, want_dbias):
+    """Of q, k, v and the bias; empty for that one unless wanted."""
     gradients = [_backend.gradient_of(x) for x in (q, k, v)]
-    dbias = _backend.bias_gradient_of(bias) if want_dbias else None
-    _backend.backward(dout, dlse, q, k, v, out, lse, *gradients, dbias, operands, options)
-    return *gradients, q.new_empty(0) if dbias is None else dbias
+    return *gradients, _backend.bias_gradient_of(bias) if want_dbias else q.new_empty(0)
 
 
 @_backward.register_fake
-def _(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, rng_state, bias, mask,
-      sizes, scale, softcap, window_left, window_right, dropout_p, deterministic, want_dbias):
-    dbias = _backend.bias_gradient_of(bias) if want_dbias else q.new_empty(0)
-    return *[_backend.gradient_of(x) for x in (q, k, v)], dbias
+def _(dout, dlse, q, k, v, out, lse, *values):
+    *values, want_dbias = values
+    return _allocate_gradients(q, k, v, _unpacked(values)[0].bias, want_dbias)
 
 
 def _save(ctx, inputs, output):
     out, lse, s_dmask = output
-    ctx.save_for_backward(*inputs[:3], out, lse, *inputs[3:10])
-    ctx.options = inputs[10:-1]
+    ctx.save_for_backward(*inputs[:3], out, lse, *inputs[3:3 + OPERANDS])
+    ctx.options = inputs[3 + OPERANDS:-1]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(s_dmask)
 
 
 def _differentiate(ctx, dout, dlse, _):
     q, k, v, out, lse, *operands = ctx.saved_tensors
-    want_dbias = ctx.needs_input_grad[3 + Operands._fields.index("bias")]
+    want_dbias = ctx.needs_input_grad[3 + BIAS]
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv, dbias = _backward(dout, dlse, q, k, v, out, lse, *operands, *ctx.options, want_dbias)
-    return dq, dk, dv, *[None] * 5, dbias if want_dbias else None, *[None] * 9
+    gradients = [None] * len(ctx.needs_input_grad)
+    gradients[:3], gradients[3 + BIAS] = (dq, dk, dv), dbias if want_dbias else None
+    return tuple(gradients)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

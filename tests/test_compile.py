@@ -81,8 +81,8 @@ def test_lengths_may_be_symbols(device):
 
 
 def test_a_checkpoint_draws_the_same_mask_again(device):
-    """out is linear in v, so that sum(v dv) = sum(out dout), if backward has the mask of forward: not that of an eager
-    call, as on a GPU torch gives checkpoints generators of their own."""
+    """out is linear in v, so that sum(v dv) = sum(out dout), if backward has the mask of forward. That it is an eager
+    call's too is not asked: on a GPU it was not."""
     def attention(q, k, v):
         return flash_attn_func(q.sin(), k.sin(), v, dropout_p=0.3)
     torch._dynamo.reset()
@@ -117,7 +117,12 @@ def test_operators_are_what_torch_asks_of_them(device, dtype):
     operands = Operands(None, None, None, None, compiled.draw_rng_state(q), bias, None)
     options = Options(2, 4, 2, 16, 20, 8, 5, 32, 40, 0.3, 0.0, -1, -1, 0.2, True)
     sizes, scalars = list(options[:compiled.SIZES]), options[compiled.SIZES:]
-    torch.library.opcheck(torch.ops.flash_attn.attention.default, (q, k, v, *operands, sizes, *scalars, True))
+    described = (*operands, sizes, *scalars)
+    torch.library.opcheck(torch.ops.flash_attn.attention.default, (q, k, v, *described, True))
+    out, lse, _ = torch.ops.flash_attn.attention(q, k, v, *described, False)
+    saved = [x.detach() for x in (out, None, q, k, v, out, lse) if x is not None]
+    torch.library.opcheck(torch.ops.flash_attn.attention_backward.default,
+                          (saved[0], None, *saved[1:], *described, True), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_the_package_can_be_imported_again():

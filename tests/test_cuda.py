@@ -92,7 +92,7 @@ def test_graph_replay_splits_keys():
     assert torch.equal(out, flash_attn_func(q, k, v))
 
 
-def test_graph_replay_changes_the_dropout_mask():
+def test_graph_replay_drops_by_the_state_it_draws():
     """Every replay draws a state anew, and drops what an eager call drops with that state."""
     q, k, v = random(1, 128, 2, 64), random(1, 64, 2, 64, seed=1), random(1, 64, 2, 64, seed=2)
 
@@ -106,6 +106,23 @@ def test_graph_replay_changes_the_dropout_mask():
         assert torch.equal(out, flash_attn_func(q, k, v, dropout_p=0.5, rng_state=state))
         states.append(state.tolist())
     assert len({tuple(state) for state in states}) == len(states)
+
+
+def test_graph_replay_changes_the_dropout_mask():
+    """Every replay draws anew, and torch.manual_seed repeats the row of masks."""
+    q, k = torch.zeros(1, 128, 2, 64, device="cuda", dtype=torch.float16), random(1, 64, 2, 64, dtype=torch.float16)
+    v = torch.eye(64, device="cuda", dtype=torch.float16)[None, :, None].expand(1, -1, 2, -1)
+    graph, out = capture(lambda: flash_attn_func(q, k, v, dropout_p=0.5))
+
+    def masks():
+        torch.manual_seed(5)
+        for _ in range(4):
+            graph.replay()
+            yield out > 0
+
+    first, again = list(masks()), list(masks())
+    assert all(torch.equal(x, y) for x, y in zip(first, again))
+    assert not any(torch.equal(x, y) for n, x in enumerate(first) for y in first[:n])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
